@@ -1,0 +1,274 @@
+"""What a run is: frozen, fully resolved configurations, and the key that names a run.
+
+``RunConfig`` holds the science of a run and nothing else: no path, no partition, no node count. Two
+configurations that would train the same numbers have the same ``run_key`` whatever file they came
+from. How a run is executed (``TrainSettings``) lies beside it and is recorded per attempt.
+"""
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from scaling import ClueError
+
+SCHEMA_VERSION = 1
+PAPER_VOCABULARY = 50_257
+"""Vocabulary of the paper (Shin et al. 2023, Table 8); the named model sizes hold for it."""
+MAX_ITEMS = 512
+"""Rows of the item position table (Table 8: max sequence length), whatever a run's cap is."""
+MAX_TOKENS = 32
+"""Rows of the token position table (Table 7: maximum token length)."""
+
+Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(gt=0)]
+Digest = Annotated[str, Field(pattern=r"^[a-z0-9]{16}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+
+
+class ConfigError(ClueError):
+    """A configuration is wrong; the message names file, key, value and what is valid."""
+
+
+class Frozen(BaseModel):
+    """Base of all configuration models: immutable, unknown keys refused, no silent conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @classmethod
+    def parse(cls, data: Any, where: str) -> Self:
+        """Validate ``data``; ``where`` (a file, say) begins every message.
+
+        Raises:
+            ConfigError: with one line per problem: key, value, and the valid keys or values.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as e:
+            raise ConfigError("\n".join(_explain(cls, err, where) for err in e.errors())) from None
+
+
+def _explain(cls: type[BaseModel], error: Any, where: str) -> str:
+    path = [p for p in error["loc"] if not (isinstance(p, str) and p.startswith("function-"))]
+    key = ".".join(str(p) for p in path)
+    if error["type"] == "extra_forbidden":
+        owner = _model_at(cls, path[:-1])
+        valid = ", ".join(sorted(owner.model_fields)) if owner else "none"
+        return f"{where}: unknown key {key!r}; valid keys: {valid}"
+    if error["type"] == "missing":
+        return f"{where}: key {key!r} is missing"
+    given = "" if isinstance(error["input"], Mapping) else f" = {error['input']!r}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{where}: {key + given + ': ' if key else ''}{message}"
+
+
+def _model_at(cls: type[BaseModel], path: list[Any]) -> type[BaseModel] | None:
+    owner: Any = cls
+    for part in path:
+        if isinstance(part, int) or (
+            isinstance(owner, type)
+            and issubclass(owner, BaseModel)
+            and part not in owner.model_fields
+        ):
+            continue
+        annotation = owner.model_fields[part].annotation
+        stack, owner = [annotation], None
+        while stack and owner is None:
+            candidate = stack.pop()
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                owner = candidate
+            stack.extend(get_args(candidate))
+        if owner is None:
+            return None
+    return owner if isinstance(owner, type) and issubclass(owner, BaseModel) else None
+
+
+class ModelConfig(Frozen):
+    """Shape of an encoder. Both stacks of CLUE have the same shape (Table 8)."""
+
+    system: Literal["clue", "single"] = "clue"
+    """``clue``: Item and Service Transformer; ``single``: one Transformer over tokens (Table 5)."""
+    layers: Count
+    """Layers of each stack."""
+    d_model: Count
+    """Width of token, item and user embeddings; the feed-forward width is four times this."""
+    heads: Count
+    """Attention heads of each layer; must divide ``d_model``."""
+    dropout: Share = 0.1
+    """Dropout rate of embeddings, attention weights and residual branches (Table 8)."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.d_model % self.heads:
+            raise ValueError(f"heads = {self.heads} does not divide d_model = {self.d_model}")
+        return self
+
+    @property
+    def shape(self) -> str:
+        """``8x64``: layers and width, the name of a model at any vocabulary."""
+        prefix = "" if self.system == "clue" else f"{self.system}-"
+        return f"{prefix}{self.layers}x{self.d_model}"
+
+
+class DataConfig(Frozen):
+    """Which users and how much of each a run sees."""
+
+    corpus_digest: Digest
+    """Digest of the prepared corpus; a corpus prepared otherwise is another run."""
+    vocab_size: Count
+    """Entries of the corpus's tokenizer, pad and service tokens included."""
+    n_services: Annotated[int, Field(ge=1)] = 2
+    """Services whose views of one user are contrasted."""
+    data_fraction: Fraction = 1.0
+    """Share of pretraining users; a prefix of the corpus, so that fractions are nested."""
+    items_per_user: Annotated[int, Field(gt=0, le=MAX_ITEMS)] = 128
+    """Cap S on a user's most recent items, per service. [items]"""
+    shuffle: bool = True
+    """New batch composition every epoch; False: fixed composition (Fig. 3, right)."""
+
+
+class OptimConfig(Frozen):
+    """AdamW and its schedule; the defaults are the paper's (Appendix B, Table 8)."""
+
+    lr: Positive = 5e-4
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    eps: Positive = 1e-6
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    """On every parameter but the logit scale."""
+    warmup: Share = 0.01
+    """Share of the steps with a linear warm-up."""
+    final_lr: Fraction = 0.1
+    """Learning rate at the last step as a share of ``lr``; a cosine leads there."""
+    clip_norm: Positive = 0.01
+    """Largest norm of the gradient of all parameters together."""
+
+
+class PoolConfig(Frozen):
+    """Fixed candidate pool of users no run trains on; its contrastive loss is the loss of a run."""
+
+    size: Count
+    """Users in the pool: a loss over other users or another number of them is not comparable."""
+    digest: Digest
+    """Digest of the pool's users and their logs."""
+
+
+class RunConfig(Frozen):
+    """Everything that decides the numbers of a run."""
+
+    schema_version: Literal[1] = 1
+    model: ModelConfig
+    data: DataConfig
+    batch_size: Annotated[int, Field(ge=2)]
+    """Users per step over all ranks. [users]"""
+    negatives: Annotated[int, Field(ge=2)]
+    """The loss contrasts within chunks of this many users of the batch; divides ``batch_size``."""
+    steps: Count = 100_000
+    """Optimiser steps; fixed over a study (the paper: 100,000)."""
+    optim: OptimConfig = OptimConfig()
+    pool: PoolConfig
+    evaluations: Count = 20
+    """Evenly spaced evaluations on the pool, the last at the last step."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the encoder; loss and optimiser are always in fp32."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of initialisation, dropout and data order."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.negatives:
+            raise ValueError(
+                f"negatives = {self.negatives} does not divide batch_size = {self.batch_size}"
+            )
+        if self.evaluations > self.steps:
+            raise ValueError(f"evaluations = {self.evaluations} exceeds steps = {self.steps}")
+        return self
+
+    @property
+    def run_key(self) -> str:
+        """Name of the run: 80 bits of the SHA-256 of the canonical JSON, as 16 base-32 letters."""
+        return short_digest(canonical_json(self.model_dump(mode="json")))
+
+    @property
+    def evaluation_steps(self) -> tuple[int, ...]:
+        """Steps after which the pool loss is measured, ascending; the last is ``steps``."""
+        return tuple(self.steps * (i + 1) // self.evaluations for i in range(self.evaluations))
+
+
+class CorpusCard(Frozen):
+    """The numbers of a corpus that planning and counting need; part of its manifest.
+
+    A nominal corpus (the paper's) has such a card and no logs: ``digest`` is then None, and its
+    runs can be planned and priced but have no key.
+    """
+
+    name: Name
+    digest: Digest | None
+    services: tuple[str, ...]
+    """Services of pretraining, in the order of the corpus."""
+    vocab_size: Count
+    n_users: Count
+    """Pretraining users."""
+    pool: PoolConfig | None
+    """None for a nominal corpus."""
+    items_per_user: dict[str, tuple[float, ...]]
+    """Per service: share of pretraining users with 0, 1, 2, ... items; the last entry is
+    ``MAX_ITEMS`` or more."""
+    tokens_per_item: tuple[float, ...]
+    """Share of behaviours whose item has 0, 1, ... ``MAX_TOKENS`` tokens, the service token too."""
+
+    def fraction_users(self, fraction: float) -> int:
+        """Users in a data fraction. [users]"""
+        return users_in_fraction(self.n_users, fraction)
+
+
+class TrainSettings(Frozen):
+    """How a run is executed: nothing here changes what it computes beyond rounding."""
+
+    zero_stage: Literal[0, 1, 2] = 1
+    """DeepSpeed ZeRO stage."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads per rank; 0: as many as the job has."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints; 0: a twentieth of the run. The last step always has one."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Newest committed checkpoints kept."""
+
+
+def canonical_json(obj: Any) -> bytes:
+    """The one byte string of a JSON value: sorted keys, no spaces, no NaN, ASCII."""
+    return json.dumps(
+        obj, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True
+    ).encode()
+
+
+def short_digest(data: bytes) -> str:
+    """16 base-32 letters (80 bits) of the SHA-256 of ``data``: the form of all our digests."""
+    return base64.b32encode(hashlib.sha256(data).digest()[:10]).decode().lower()
+
+
+def users_in_fraction(n_users: int, fraction: float) -> int:
+    """Users of a data fraction: the first ``floor(fraction * n_users)``. [users]"""
+    return math.floor(fraction * n_users + 1e-9)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: it is missing or not TOML; the message names file, line and column.
+    """
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: not valid TOML: {e}") from None

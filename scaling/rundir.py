@@ -1,0 +1,238 @@
+"""The folder of one run: paths, records, and the fence that keeps one writer alive.
+
+    <root>/runs/<k2>/<run_key>/
+        spec.json                          the RunConfig, immutable
+        attempts/NNNN/intent.json          somebody means to submit (created exclusively)
+                      submit.json          what the scheduler answered: a hint only
+                      claim.json           the job that started first owns the attempt
+                      cancel.json          a person ended it
+                      end.json             how it ended, in its own words
+        metrics/<generation>.jsonl         one writer per file; first line says where it resumed
+        ckpt/step-000012000/               committed checkpoints
+        result.json                        the run is over: done or diverged
+        features/, transfer/               what evaluations left
+
+A *generation* is a start of the run that may write. It exists once its metrics file does, and a
+writer may commit only while no newer one exists. Every record is created or replaced whole
+(``scaling.files``); torn or foreign files are reported, never trusted.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from scaling.config import RunConfig
+from scaling.files import RecordError, create_bytes, create_json, read_json, write_json
+
+RUN_KEY = re.compile(r"[a-z2-7]{16}")
+RECORDS = ("intent", "submit", "claim", "cancel", "end")
+
+
+class Superseded(RecordError):
+    """A newer generation of the run has started; this process must not write any more."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a run: the records written so far, None where there is none."""
+
+    number: int
+    intent: dict[str, Any]
+    submit: dict[str, Any] | None
+    claim: dict[str, Any] | None
+    cancel: dict[str, Any] | None
+    end: dict[str, Any] | None
+
+
+class RunDir:
+    """Paths and records of one run below the root folder of all state."""
+
+    def __init__(self, root: Path, run_key: str) -> None:
+        if not RUN_KEY.fullmatch(run_key):
+            raise RecordError(f"{run_key!r} is not a run key (16 letters of a-z and 2-7)")
+        self.root = Path(root)
+        self.run_key = run_key
+        self.path = self.root / "runs" / run_key[:2] / run_key
+
+    @classmethod
+    def create(cls, root: Path, config: RunConfig, corpus: str) -> Self:
+        """The run's folder with its ``spec.json``; creating it again is a no-op.
+
+        Args:
+            corpus: name of the corpus, for people; its digest is part of ``config``.
+        """
+        run = cls(root, config.run_key)
+        create_json(
+            run.path / "spec.json",
+            {
+                "schema_version": 1,
+                "run_key": run.run_key,
+                "corpus": corpus,
+                "config": config.model_dump(mode="json"),
+            },
+        )
+        return run
+
+    @classmethod
+    def find(cls, root: Path, prefix: str) -> Self:
+        """The one run whose key starts with ``prefix``.
+
+        Raises:
+            RecordError: no run or several have such a key; the message names them.
+        """
+        found = sorted(p.name for p in Path(root).glob(f"runs/{prefix[:2]}*/{prefix}*"))
+        if len(found) != 1:
+            what = ", ".join(found[:5]) if found else "no run"
+            raise RecordError(f"{Path(root) / 'runs'}: {what} has a key starting with {prefix!r}")
+        return cls(root, found[0])
+
+    # spec and result
+
+    def spec(self) -> RunConfig:
+        """The run's configuration.
+
+        Raises:
+            RecordError: ``spec.json`` is missing, torn, or is another run's.
+        """
+        record = read_json(self.path / "spec.json")
+        if not isinstance(record, dict) or "config" not in record:
+            raise RecordError(f"{self.path / 'spec.json'}: not a run specification")
+        config = RunConfig.parse(record["config"], str(self.path / "spec.json"))
+        if config.run_key != self.run_key:
+            raise RecordError(
+                f"{self.path / 'spec.json'}: its configuration has the key {config.run_key}, "
+                f"not {self.run_key}"
+            )
+        return config
+
+    def corpus(self) -> str:
+        """Name of the run's corpus."""
+        return str(read_json(self.path / "spec.json")["corpus"])
+
+    def result(self) -> dict[str, Any] | None:
+        """The final record, or None while the run is not over."""
+        path = self.path / "result.json"
+        return dict(read_json(path)) if path.exists() else None
+
+    def write_result(self, generation: int, record: Mapping[str, Any]) -> None:
+        """Declare the run over. Raises Superseded if a newer generation has started."""
+        self.fence(generation)
+        write_json(
+            self.path / "result.json",
+            {"schema_version": 1, "run_key": self.run_key, "generation": generation, **record},
+        )
+
+    # attempts
+
+    def attempts(self) -> list[Attempt]:
+        """All attempts, oldest first. Folders without a whole intent are no attempts."""
+        found = []
+        for folder in sorted(self.path.glob("attempts/[0-9][0-9][0-9][0-9]")):
+            records: dict[str, Any] = {}
+            for name in RECORDS:
+                path = folder / f"{name}.json"
+                records[name] = read_json(path) if path.exists() else None
+            if records["intent"] is not None:
+                found.append(Attempt(int(folder.name), **records))
+        return found
+
+    def record(self, number: int, name: str, record: Mapping[str, Any]) -> bool:
+        """Create one record of an attempt; False if it exists (it is untouched).
+
+        Args:
+            name: ``intent``, ``submit``, ``claim``, ``cancel`` or ``end``.
+        """
+        if name not in RECORDS:
+            raise RecordError(f"no such attempt record: {name!r}; valid: {', '.join(RECORDS)}")
+        return create_json(
+            self.path / "attempts" / f"{number:04d}" / f"{name}.json",
+            {"schema_version": 1, **record},
+        )
+
+    # generations and metrics
+
+    def generations(self) -> list[int]:
+        """Numbers of all generations, ascending."""
+        return sorted(int(p.stem) for p in self.path.glob("metrics/*.jsonl") if p.stem.isdecimal())
+
+    def start_generation(self, header: Mapping[str, Any]) -> int:
+        """Open a new generation, which fences off all older ones.
+
+        Args:
+            header: first line of its metrics file; ``resumed_from`` (the committed step it starts
+                from, 0 for a fresh start) is required.
+
+        Returns:
+            Its number, from 1.
+        """
+        if "resumed_from" not in header:
+            raise ValueError("a generation must say the step it resumed from")
+        while True:
+            generation = max(self.generations(), default=0) + 1
+            line = {"kind": "start", "schema_version": 1, "generation": generation, **header}
+            if create_bytes(self.metrics_path(generation), _line(line)):
+                return generation
+
+    def metrics_path(self, generation: int) -> Path:
+        """Metrics file of a generation."""
+        return self.path / "metrics" / f"{generation}.jsonl"
+
+    def fence(self, generation: int) -> None:
+        """Raise Superseded if a newer generation than ``generation`` has started."""
+        newest = max(self.generations(), default=0)
+        if newest > generation:
+            raise Superseded(
+                f"{self.path}: generation {newest} has started; generation {generation} stops"
+            )
+
+    def curve(self, kind: str) -> list[dict[str, Any]]:
+        """Metrics rows of one kind along the lineage that led to the newest generation, by step.
+
+        A generation's rows count up to the step from which the next one resumed, so that steps
+        computed twice after a crash appear once.
+
+        Args:
+            kind: ``train`` or ``pool``.
+        """
+        rows: list[dict[str, Any]] = []
+        for generation in self.generations():
+            for row in _lines(self.metrics_path(generation)):
+                if row["kind"] == "start":
+                    rows = [r for r in rows if r["step"] <= row["resumed_from"]]
+                elif row["kind"] == kind:
+                    rows.append(row)
+        return rows
+
+    def progress(self) -> dict[str, Any] | None:
+        """The newest metrics row of any kind but ``start``; None before the first step."""
+        for generation in reversed(self.generations()):
+            *_, last = _lines(self.metrics_path(generation))
+            if last["kind"] != "start":
+                return last
+        return None
+
+
+def append_line(file: Any, row: Mapping[str, Any]) -> None:
+    """Append one metrics row to an open binary file and hand it to the operating system."""
+    file.write(_line(row))
+    file.flush()
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole rows of a metrics file; a torn last line (a crash in mid-write) is left out."""
+    with open(path, "rb") as f:
+        for raw in f:
+            if not raw.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(raw)
+            except json.JSONDecodeError as e:
+                raise RecordError(f"{path}: not a metrics row ({e}): {raw[:80]!r}") from None
+            yield row
