@@ -2,9 +2,9 @@
 
 Two countings stand side by side. The *paper's* (Shin et al. 2023, "Scaling Laws and
 Generalization") is 6 x parameters x batch size x steps x sequence length, where the sequence length
-counts items of one service. The *exact* one counts the multiply-adds that the two stacks really do on logs of their
-real lengths. The two differ by a factor that depends on the model (about 2 at 4M parameters, 8 at
-160M), so an exponent fitted on one axis is not the exponent on the other
+counts items of one service. The *exact* one counts the multiply-adds that the stacks really do on
+logs of their real lengths. The two differ by a factor that depends on the model (about 2 at 4M
+parameters, 8 at 160M), so an exponent fitted on one axis is not the exponent on the other
 (docs/decisions/0002-counting.md).
 """
 
