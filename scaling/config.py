@@ -24,6 +24,8 @@ MAX_ITEMS = 512
 """Rows of the item position table (Table 8: max sequence length), whatever a run's cap is."""
 MAX_TOKENS = 32
 """Rows of the token position table (Table 7: maximum token length)."""
+MAX_TOKENS_SINGLE = 2_048
+"""Rows of the position table of the single Transformer (Table 5: sequence length 2,048)."""
 
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -194,6 +196,13 @@ class RunConfig(Frozen):
     def run_key(self) -> str:
         """Name of the run: 80 bits of the SHA-256 of the canonical JSON, as 16 base-32 letters."""
         return short_digest(canonical_json(self.model_dump(mode="json")))
+
+    @property
+    def sequence_length(self) -> int:
+        """S of the paper's formula: items for CLUE, tokens for a single Transformer."""
+        if self.model.system == "single":
+            return min(MAX_TOKENS_SINGLE, MAX_TOKENS * self.data.items_per_user)
+        return self.data.items_per_user
 
     @property
     def evaluation_steps(self) -> tuple[int, ...]:

@@ -1,0 +1,86 @@
+"""CLUE: the Contrastive Learning User Encoder (Shin et al. 2023, "CLUE", eq. 1-3, Fig. 1).
+
+One encoder is shared by all services. Symbols of the paper: E ``token_emb`` (g(x)), h and H
+``item_emb``, z ``user_emb``, f ``project``, tau ``exp(logit_scale)``.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaling.config import MAX_ITEMS, MAX_TOKENS, ModelConfig
+from scaling.models.transformer import Layout, Stack, initialise
+from scaling.packing import Ints, PackedBatch
+
+INITIAL_SCALE = 14.27
+"""tau at the start (Appendix B)."""
+MAX_SCALE = 100.0
+"""Largest factor on the cosine (Appendix B)."""
+
+
+class ContrastiveEncoder(nn.Module):
+    """What every encoder of this package has: tokens' table, projection head and logit scale."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        d = config.d_model
+        self.token_emb = nn.Embedding(vocab_size, d)
+        self.w1 = nn.Linear(d, d, bias=False)
+        self.w2 = nn.Linear(d, d, bias=False)
+        # Shape (1,) and stored as its log: DeepSpeed refuses 0-dim parameters, and a clamp after
+        # the step would be undone by its fp32 masters, so `scale` clamps in the forward pass.
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(INITIAL_SCALE)]))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self.token_emb.weight.device
+
+    def project(self, user_emb: Tensor) -> Tensor:
+        """f(z) = W2 gelu(W1 z), used by the loss only (after eq. 4). [rows, d] -> [rows, d]"""
+        projected: Tensor = self.w2(F.gelu(self.w1(user_emb)))
+        return projected
+
+    def embed_tokens(self, tokens: Ints, layout: Layout) -> Tensor:
+        """Token embeddings in their slots; empty slots hold the pad token. [T * t, d]"""
+        n_slots = layout.shape[0] * layout.shape[1]
+        slots = torch.zeros(n_slots, dtype=torch.long, device=self.device)
+        slots[layout.slots] = torch.from_numpy(tokens).to(self.device)
+        embedded: Tensor = self.token_emb(slots)
+        return embedded
+
+
+class CLUE(ContrastiveEncoder):
+    """Item Transformer over tokens, Service Transformer over items, mean pooling after each.
+
+    Positions count from the first token of an item and from the oldest item kept of a user.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__(config, vocab_size)
+        self.item = Stack(config, MAX_TOKENS)
+        self.service = Stack(config, MAX_ITEMS)
+        initialise(self, config.layers)
+
+    def encode_items(self, tokens: Ints, token_offsets: Ints) -> Tensor:
+        """Item embeddings h = MEAN(T_item(E)) (eq. 1). [items, d]
+
+        Args:
+            tokens: tokens of all items, one after another. [tokens]
+            token_offsets: item ``i`` has ``tokens[token_offsets[i]:token_offsets[i + 1]]``.
+        """
+        lengths = token_offsets[1:] - token_offsets[:-1]
+        layout = Layout.of(lengths, self.config.d_model, self.device)
+        item_emb: Tensor = self.item(self.embed_tokens(tokens, layout), layout)
+        return item_emb
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """User embeddings z = MEAN(T_service(H)) (eq. 2-3), one per row of the batch. [rows, d]"""
+        item_emb = self.encode_items(batch.tokens, batch.token_offsets)
+        history = item_emb[torch.from_numpy(batch.items).to(self.device)]
+        layout = Layout.of(batch.row_lengths, self.config.d_model, self.device)
+        user_emb: Tensor = self.service(layout.scatter(history), layout)
+        return user_emb

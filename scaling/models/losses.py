@@ -1,0 +1,50 @@
+"""The contrastive loss of CLUE (Shin et al. 2023, eq. 4), always in fp32.
+
+Symbols: S services, U users of the batch, K users contrasted with each other, d width.
+"""
+
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scaling.models.clue import MAX_SCALE
+
+
+def scale(logit_scale: Tensor) -> Tensor:
+    """tau: the exponential of the stored log, at most 100 (Appendix B). [1]"""
+    return logit_scale.float().exp().clamp(max=MAX_SCALE)
+
+
+def logits(projected: Tensor, logit_scale: Tensor, negatives: int) -> Tensor:
+    """Scaled cosines between services for every pair of services and chunk of users.
+
+    Args:
+        projected: f(z) of every service and user. [S, U, d]
+        logit_scale: log of tau. [1]
+        negatives: K; must divide U.
+
+    Returns:
+        Row user against column user. [S (S - 1) / 2, U / K, K, K]
+    """
+    services, users, d = projected.shape
+    unit = F.normalize(projected.float(), dim=-1).view(services, users // negatives, negatives, d)
+    pairs = [unit[a] @ unit[b].transpose(-1, -2) for a, b in combinations(range(services), 2)]
+    return scale(logit_scale) * torch.stack(pairs)
+
+
+def contrastive_loss(projected: Tensor, logit_scale: Tensor, negatives: int) -> Tensor:
+    """Symmetric cross-entropy (l_AB + l_BA) / 2, mean over users and pairs of services. [nats]
+
+    Args as in ``logits``. The loss of K users is at most ln K at chance.
+    """
+    return symmetric_cross_entropy(logits(projected, logit_scale, negatives))
+
+
+def symmetric_cross_entropy(scores: Tensor) -> Tensor:
+    """Mean over both directions of the cross-entropy of the diagonal. [..., K, K] -> []"""
+    diagonal = scores.diagonal(dim1=-2, dim2=-1)
+    forward = scores.logsumexp(dim=-1) - diagonal
+    backward = scores.logsumexp(dim=-2) - diagonal
+    return (forward.mean() + backward.mean()) / 2

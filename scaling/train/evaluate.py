@@ -1,0 +1,104 @@
+"""The loss of a run: contrastive loss over a fixed pool of unseen users, dropout off.
+
+Losses over pools of different size or users are never compared. Beside the loss with the trained
+logit scale stands the one with the scale refitted on validation users, because a scale learnt
+against B negatives is off at another number of candidates.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from scaling.config import RunConfig
+from scaling.data.batches import make_batch
+from scaling.data.corpus import Corpus
+from scaling.models.clue import MAX_SCALE, ContrastiveEncoder
+from scaling.models.losses import logits, symmetric_cross_entropy
+from scaling.packing import PackedBatch
+
+CHUNK_ITEMS = 4096
+"""Behaviours embedded at once: bounds the memory of an evaluation, not its result."""
+
+
+class Evaluation:
+    """Pool and validation users of a run, batched once, to be evaluated many times."""
+
+    def __init__(self, corpus: Corpus, config: RunConfig) -> None:
+        self.size = config.pool.size
+        chunk = max(1, CHUNK_ITEMS // (config.data.items_per_user * config.data.n_services))
+        self.pool = list(_chunks(corpus, "pool", config, chunk))
+        self.validation = list(_chunks(corpus, "validation", config, chunk))
+        self.smaller = [n for n in (16, 64, 256, 1024, 4096) if n < self.size]
+
+    @torch.no_grad()
+    def __call__(self, model: ContrastiveEncoder) -> dict[str, Any]:
+        """Evaluate an encoder; its training mode is restored.
+
+        Returns:
+            ``loss`` and ``loss_refit`` over the whole pool [nats], ``accuracy`` (share of users
+            whose match ranks first, both directions), ``logit_scale`` (tau), ``refit_scale``, and
+            ``pools``: the loss at smaller pool sizes, as the mean over disjoint pools of that size.
+        """
+        training = model.training
+        model.eval()
+        pool, validation = _embed(model, self.pool), _embed(model, self.validation)
+        model.train(training)
+        tau = model.logit_scale.detach()
+        cosines = logits(pool, torch.zeros_like(tau), self.size)
+        scores = logits(pool, tau, self.size)
+        refit = _refit_scale(validation)
+        best = scores.argmax(-1), scores.argmax(-2)
+        target = torch.arange(self.size, device=scores.device)
+        return {
+            "loss": float(symmetric_cross_entropy(scores)),
+            "loss_refit": float(symmetric_cross_entropy(cosines * refit)),
+            "accuracy": float(torch.stack([(b == target).float().mean() for b in best]).mean()),
+            "logit_scale": float(tau.exp().clamp(max=MAX_SCALE)),
+            "refit_scale": refit,
+            "pools": {
+                str(n): float(symmetric_cross_entropy(logits(_whole(pool, n), tau, n)))
+                for n in self.smaller
+            },
+        }
+
+
+def _chunks(corpus: Corpus, split: str, config: RunConfig, users: int) -> Iterator[PackedBatch]:
+    rows = corpus.split(split)
+    members = np.arange(rows.start, rows.stop)
+    if split == "pool":
+        members = members[: config.pool.size]
+    for first in range(0, len(members), users):
+        yield make_batch(
+            corpus, members[first : first + users], config.data.items_per_user, distinct=True
+        )
+
+
+def _embed(model: ContrastiveEncoder, batches: list[PackedBatch]) -> Tensor:
+    """f(z) of all users. [services, users, d]"""
+    parts = [
+        model.project(model(batch)).float().view(batch.n_services, batch.n_users, -1)
+        for batch in batches
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def _whole(embedded: Tensor, n: int) -> Tensor:
+    """The first users that fill whole pools of ``n``."""
+    return embedded[:, : embedded.shape[1] // n * n]
+
+
+def _refit_scale(validation: Tensor) -> float:
+    """The scale in [1, 100] with the lowest loss over all validation users."""
+    cosines = logits(validation, validation.new_zeros(1), validation.shape[1])
+    found = minimize_scalar(
+        lambda t: float(symmetric_cross_entropy(cosines * math.exp(t))),
+        bounds=(0.0, math.log(MAX_SCALE)),
+        method="bounded",
+        options={"xatol": 1e-3},
+    )
+    return float(math.exp(found.x))
