@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
 from scaling import ClueError
 
@@ -27,10 +27,12 @@ MAX_TOKENS = 32
 MAX_TOKENS_SINGLE = 2_048
 """Rows of the position table of the single Transformer (Table 5: sequence length 2,048)."""
 
-Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(gt=0)]
+# Strict: pydantic would otherwise take "64", 64.0 and true for whole numbers.
+Fraction = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(strict=True, gt=0)]
 Digest = Annotated[str, Field(pattern=r"^[a-z0-9]{16}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 
@@ -126,13 +128,13 @@ class DataConfig(Frozen):
     """Digest of the prepared corpus; a corpus prepared otherwise is another run."""
     vocab_size: Count
     """Entries of the corpus's tokenizer, pad and service tokens included."""
-    n_services: Annotated[int, Field(ge=1)] = 2
+    n_services: Count = 2
     """Services whose views of one user are contrasted."""
     data_fraction: Fraction = 1.0
     """Share of pretraining users; a prefix of the corpus, so that fractions are nested."""
-    items_per_user: Annotated[int, Field(gt=0, le=MAX_ITEMS)] = 128
+    items_per_user: Annotated[Count, Field(le=MAX_ITEMS)] = 128
     """Cap S on a user's most recent items, per service. [items]"""
-    shuffle: bool = True
+    shuffle: StrictBool = True
     """New batch composition every epoch; False: fixed composition (Fig. 3, right)."""
 
 
@@ -142,7 +144,7 @@ class OptimConfig(Frozen):
     lr: Positive = 5e-4
     betas: tuple[Share, Share] = (0.9, 0.98)
     eps: Positive = 1e-6
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    weight_decay: NonNegative = 0.1
     """On every parameter but the logit scale."""
     warmup: Share = 0.01
     """Share of the steps with a linear warm-up."""
@@ -167,9 +169,9 @@ class RunConfig(Frozen):
     schema_version: Literal[1] = 1
     model: ModelConfig
     data: DataConfig
-    batch_size: Annotated[int, Field(ge=2)]
+    batch_size: Annotated[Count, Field(ge=2)]
     """Users per step over all ranks. [users]"""
-    negatives: Annotated[int, Field(ge=2)]
+    negatives: Annotated[Count, Field(ge=2)]
     """The loss contrasts within chunks of this many users of the batch; divides ``batch_size``."""
     steps: Count = 100_000
     """Optimiser steps; fixed over a study (the paper: 100,000)."""
@@ -179,7 +181,7 @@ class RunConfig(Frozen):
     """Evenly spaced evaluations on the pool, the last at the last step."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the encoder; loss and optimiser are always in fp32."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**31)] = 0
     """Seed of initialisation, dropout and data order."""
 
     @model_validator(mode="after")
@@ -242,11 +244,11 @@ class TrainSettings(Frozen):
 
     zero_stage: Literal[0, 1, 2] = 1
     """DeepSpeed ZeRO stage."""
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(strict=True, ge=0)] = 0
     """CPU threads per rank; 0: as many as the job has."""
-    checkpoint_every: Annotated[int, Field(ge=0)] = 0
+    checkpoint_every: Annotated[int, Field(strict=True, ge=0)] = 0
     """Steps between checkpoints; 0: a twentieth of the run. The last step always has one."""
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    keep_checkpoints: Annotated[Count, Field(ge=2)] = 2
     """Newest committed checkpoints kept."""
 
 
