@@ -7,7 +7,7 @@ from typing import Self
 import torch
 import torch.distributed
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from scaling.config import ConfigError
 
