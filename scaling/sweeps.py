@@ -1,0 +1,411 @@
+"""Sweeps: a TOML file, or a ``Grid`` in a notebook, becomes the runs of one figure.
+
+A sweep file reads like a line under a figure: what is fixed (``[base]``), what is crossed
+(``[grid]``), what goes together (``[[zip.rows]]``), and the seeds. The runs are
+rows x grid x seeds, each on top of the base; points that come out equal are one run.
+
+    name = "scale_factors"
+    figure = "Fig. 2"
+    source = "Shin et al. 2023"
+    corpus = "corpora/paper.toml"
+    seeds = [0]
+    [base]
+    steps = 100_000
+    [grid]
+    model = ["clue-4m", "clue-160m"]
+    [[zip.rows]]
+    batch_size = 256
+    items_per_user = 128
+
+Numbers of the corpus come in as a ``CorpusCard``: planning opens no data.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field
+
+from scaling.config import (
+    MAX_TOKENS_SINGLE,
+    PAPER_VOCABULARY,
+    ConfigError,
+    CorpusCard,
+    Frozen,
+    ModelConfig,
+    Name,
+    OptimConfig,
+    PoolConfig,
+    RunConfig,
+    read_toml,
+    short_digest,
+)
+from scaling.files import write_bytes, write_json
+from scaling.flops import (
+    count_parameters,
+    expected_flops,
+    mean_items,
+    mean_tokens,
+    paper_flops,
+    to_pf_days,
+)
+
+PLAN_SCHEMA_VERSION = 1
+SIZES_FILE = "models.toml"
+
+PLAN_COLUMNS = {
+    "run_key": "name of the run; null on a nominal corpus, whose runs cannot be submitted",
+    "sweep": "name of the sweep",
+    "model": "named size at the paper's vocabulary, else shape (layers x width)",
+    "layers": "layers of each stack",
+    "d_model": "width d",
+    "heads": "attention heads",
+    "n_total": "trainable parameters",
+    "n_non_embedding": "parameters without token and position tables",
+    "n_item": "parameters of the Item Transformer, without tables",
+    "n_service": "parameters of the Service Transformer, without tables",
+    "batch_size": "users per step [users]",
+    "negatives": "users contrasted with each other [users]",
+    "items_per_user": "cap S on a user's items, per service [items]",
+    "items_per_user_mean": "realised mean of min(n, S), per service [items]",
+    "sequence_length": "S of the paper's formula: items; of a single Transformer, tokens",
+    "tokens_per_item_mean": "mean tokens of a behaviour's item [tokens]",
+    "data_fraction": "share of pretraining users",
+    "n_users": "users of that share [users]",
+    "users_seen": "distinct users a run meets: min(n_users, steps x batch_size) [users]",
+    "epochs": "passes over the users: steps x batch_size / n_users",
+    "repeats": "passes beyond the first",
+    "steps": "optimiser steps",
+    "seed": "seed of initialisation, dropout and data order",
+    "flops": "paper's formula: 6 x n_total x batch_size x steps x sequence_length [FLOPs]",
+    "flops_exact": "expected from the lengths of the logs, stack by stack [FLOPs]",
+    "pf_days": "flops / 8.64e19 [PF-days]",
+    "pf_days_exact": "flops_exact / 8.64e19 [PF-days]",
+}
+"""Columns of a plan, in order, with meaning and unit: the one vocabulary of all tables."""
+
+RUN_KEYS = ("batch_size", "negatives", "steps", "evaluations", "precision")
+DATA_KEYS = ("items_per_user", "data_fraction", "shuffle")
+POINT_KEYS = (
+    "model",
+    "dropout",
+    *RUN_KEYS,
+    *DATA_KEYS,
+    *(f"optim.{k}" for k in OptimConfig.model_fields),
+)
+"""Keys that ``[base]``, ``[grid]`` and ``[[zip.rows]]`` may set."""
+
+SHAPE = re.compile(r"(?P<single>single-)?(?P<layers>\d+)x(?P<d_model>\d+)")
+NOMINAL_DIGEST = "0" * 16  # stands in for a nominal corpus while its points are validated
+
+Point = dict[str, Any]
+
+
+class SweepError(ConfigError):
+    """A sweep asks for something that cannot be run."""
+
+
+class Zip(Frozen):
+    """Settings that vary together."""
+
+    rows: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep before it exists."""
+
+    config: RunConfig | None
+    """None on a nominal corpus."""
+    row: dict[str, Any]
+    """The run's row of the plan; keys are ``PLAN_COLUMNS``."""
+
+
+class Grid(Frozen):
+    """Definition of one sweep; the keys of a sweep file."""
+
+    name: Name
+    figure: str
+    """Figure or table that the sweep makes."""
+    source: str
+    """Paper, section and whatever else says where the settings come from."""
+    corpus: Path
+    """Corpus file; in a sweep file relative to that file."""
+    base: dict[str, Any] = Field(default_factory=dict)
+    """Settings of every run."""
+    grid: dict[str, Any] = Field(default_factory=dict)
+    """Settings to cross: a list of values each."""
+    zip: Zip = Zip()
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    sizes: dict[str, ModelConfig] = Field(default_factory=dict)
+    """Named sizes at the paper's vocabulary; ``read`` adds those of ``models.toml``."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a sweep file, with the named sizes of ``models.toml`` beside it.
+
+        Raises:
+            ConfigError: a file is missing, malformed, or has keys or values that are not valid.
+        """
+        grid = cls.parse(read_toml(path), str(path))
+        beside = path.parent / SIZES_FILE
+        sizes = load_sizes(beside) if beside.exists() else {}
+        grid = grid.model_copy(
+            update={"corpus": path.parent / grid.corpus, "sizes": {**sizes, **grid.sizes}}
+        )
+        grid._points(str(path))
+        return grid
+
+    def runs(self, card: CorpusCard) -> list[PlannedRun]:
+        """All runs on a corpus, in the order of rows, grid and seeds, each once.
+
+        Raises:
+            ConfigError: a key or value is not valid, a named size is used at another vocabulary
+                than the paper's, or a batch is larger than the users of its fraction.
+        """
+        runs: dict[str, PlannedRun] = {}
+        for point in self._points(self.name):
+            for seed in self.seeds:
+                config = self._config(point, seed, card)
+                if config.run_key not in runs:
+                    row = plan_row(self.name, config, card, self.sizes)
+                    nominal = card.digest is None
+                    runs[config.run_key] = PlannedRun(None if nominal else config, row)
+        return list(runs.values())
+
+    def to_toml(self) -> str:
+        """The sweep as TOML, complete in itself: with its sizes, without comments."""
+        used = {str(p.get("model")) for p in self._points(self.name)}
+        grid = self.model_copy(
+            update={
+                "corpus": self.corpus.absolute(),
+                "sizes": {k: v for k, v in self.sizes.items() if k in used},
+            }
+        )
+        settings = grid.model_dump(mode="json", exclude_defaults=True)
+        return "".join(f"{key} = {_toml(value)}\n" for key, value in settings.items())
+
+    def _points(self, where: str) -> list[Point]:
+        """Settings of all points, seeds apart; every key is checked before any is used."""
+        base = _flat(self.base, f"{where}: base")
+        grid = _flat(self.grid, f"{where}: grid")
+        rows = [_flat(r, f"{where}: zip.rows[{i}]") for i, r in enumerate(self.zip.rows)] or [{}]
+        for key, values in grid.items():
+            if not isinstance(values, list | tuple) or not values:
+                raise SweepError(f"{where}: grid: {key} = {values!r} is not a list of values")
+            for i, row in enumerate(rows):
+                if key in row:
+                    raise SweepError(f"{where}: {key!r} is in grid and in zip.rows[{i}]")
+        return [
+            {**base, **row, **dict(zip(grid, values, strict=True))}
+            for row in rows
+            for values in itertools.product(*grid.values())
+        ]
+
+    def _config(self, point: Point, seed: int, card: CorpusCard) -> RunConfig:
+        where = f"{self.name}: {_describe(point)}"
+        for key in ("model", "batch_size"):
+            if key not in point:
+                raise SweepError(f"{where}: no {key!r} in base, grid or zip.rows")
+        model = self._model(point["model"], card, where)
+        if "dropout" in point:
+            model = ModelConfig.parse({**model.model_dump(), "dropout": point["dropout"]}, where)
+        config = RunConfig.parse(
+            {
+                "model": model,
+                "data": {
+                    "corpus_digest": card.digest or NOMINAL_DIGEST,
+                    "vocab_size": card.vocab_size,
+                    "n_services": len(card.services),
+                    **{k: point[k] for k in DATA_KEYS if k in point},
+                },
+                "negatives": point["batch_size"],
+                **{k: point[k] for k in RUN_KEYS if k in point},
+                "optim": {
+                    k.removeprefix("optim."): v for k, v in point.items() if k.startswith("optim.")
+                },
+                "pool": card.pool or PoolConfig(size=1, digest=NOMINAL_DIGEST),
+                "seed": seed,
+            },
+            where,
+        )
+        n_users = card.fraction_users(config.data.data_fraction)
+        if config.batch_size > n_users:
+            raise SweepError(
+                f"{where}: batch_size = {config.batch_size} exceeds the {n_users} users of "
+                f"data_fraction = {config.data.data_fraction:g} of corpus {card.name}"
+            )
+        return config
+
+    def _model(self, value: Any, card: CorpusCard, where: str) -> ModelConfig:
+        if isinstance(value, Mapping):
+            return ModelConfig.parse(value, f"{where}: model")
+        if isinstance(value, str) and value in self.sizes:
+            model = self.sizes[value]
+            if card.vocab_size != PAPER_VOCABULARY:
+                raise SweepError(
+                    f"{where}: {value} is a size at a vocabulary of {PAPER_VOCABULARY}, and corpus "
+                    f"{card.name} has {card.vocab_size}; name the shape instead: {model.shape!r}"
+                )
+            return model
+        shape = SHAPE.fullmatch(value) if isinstance(value, str) else None
+        if shape is None:
+            named = ", ".join(self.sizes) or f"none, for there is no {SIZES_FILE} beside the sweep"
+            raise SweepError(
+                f"{where}: model = {value!r} is neither a shape such as '8x64', nor a table of "
+                f"layers, d_model and heads, nor a named size ({named})"
+            )
+        layers, d_model = int(shape["layers"]), int(shape["d_model"])
+        return ModelConfig.parse(
+            {
+                "system": "single" if shape["single"] else "clue",
+                "layers": layers,
+                "d_model": d_model,
+                "heads": max(1, d_model // 64),
+            },
+            f"{where}: model = {value!r}",
+        )
+
+
+def load_sizes(path: Path) -> dict[str, ModelConfig]:
+    """Named model sizes, one table each; they hold at the paper's vocabulary of 50,257.
+
+    Raises:
+        ConfigError: the file is missing or malformed.
+    """
+    return {name: ModelConfig.parse(v, f"{path}: {name}") for name, v in read_toml(path).items()}
+
+
+def model_name(model: ModelConfig, vocab_size: int, sizes: Mapping[str, ModelConfig]) -> str:
+    """Named size of a model where one holds, else its shape.
+
+    Args:
+        sizes: named sizes (``load_sizes``, ``Grid.sizes``); dropout is not part of a size.
+    """
+    if vocab_size == PAPER_VOCABULARY:
+        for name, size in sizes.items():
+            if size.model_copy(update={"dropout": model.dropout}) == model:
+                return name
+    return model.shape
+
+
+def plan_row(
+    sweep: str, config: RunConfig, card: CorpusCard, sizes: Mapping[str, ModelConfig]
+) -> dict[str, Any]:
+    """One row of a plan, by ``PLAN_COLUMNS``."""
+    model, data = config.model, config.data
+    parameters = count_parameters(model, data.vocab_size)
+    n_users = card.fraction_users(data.data_fraction)
+    views = config.steps * config.batch_size
+    sequence_length = data.items_per_user if model.system == "clue" else MAX_TOKENS_SINGLE
+    flops = paper_flops(parameters.n_total, config.batch_size, config.steps, sequence_length)
+    exact = expected_flops(
+        model, card, config.batch_size, config.steps, data.items_per_user, config.negatives
+    ).total
+    return {
+        "run_key": config.run_key if card.digest else None,
+        "sweep": sweep,
+        "model": model_name(model, data.vocab_size, sizes),
+        "layers": model.layers,
+        "d_model": model.d_model,
+        "heads": model.heads,
+        "n_total": parameters.n_total,
+        "n_non_embedding": parameters.n_non_embedding,
+        "n_item": parameters.n_item,
+        "n_service": parameters.n_service,
+        "batch_size": config.batch_size,
+        "negatives": config.negatives,
+        "items_per_user": data.items_per_user,
+        "items_per_user_mean": mean_items(card, data.items_per_user),
+        "sequence_length": sequence_length,
+        "tokens_per_item_mean": mean_tokens(card),
+        "data_fraction": data.data_fraction,
+        "n_users": n_users,
+        "users_seen": min(n_users, views),
+        "epochs": views / n_users,
+        "repeats": max(0.0, views / n_users - 1),
+        "steps": config.steps,
+        "seed": config.seed,
+        "flops": flops,
+        "flops_exact": exact,
+        "pf_days": to_pf_days(flops),
+        "pf_days_exact": to_pf_days(exact),
+    }
+
+
+def sweep_id(name: str, runs: Iterable[PlannedRun]) -> str:
+    """Name of a sweep's folder: its name and eight letters that stand for its runs.
+
+    Raises:
+        SweepError: the corpus is nominal, so that the runs have no keys.
+    """
+    keys = []
+    for run in runs:
+        if run.config is None:
+            raise SweepError(
+                f"{name}: its corpus is nominal (statistics without logs), so its runs can be "
+                "planned but not run; prepare a corpus from logs and name it under 'corpus'"
+            )
+        keys.append(run.config.run_key)
+    return f"{name}-{short_digest(','.join(sorted(keys)).encode())[:8]}"
+
+
+def write_sweep(root: Path, grid: Grid, card: CorpusCard, runs: Sequence[PlannedRun]) -> Path:
+    """Write ``sweep.toml`` and ``plan.json`` (docs/formats.md) and return their folder.
+
+    Writing the same sweep again changes nothing but the wording of its definition.
+
+    Raises:
+        SweepError: the corpus is nominal.
+    """
+    identity = sweep_id(grid.name, runs)
+    folder = Path(root) / "sweeps" / identity
+    write_bytes(folder / "sweep.toml", grid.to_toml().encode())
+    write_json(
+        folder / "plan.json",
+        {
+            "schema_version": PLAN_SCHEMA_VERSION,
+            "sweep": grid.name,
+            "sweep_id": identity,
+            "figure": grid.figure,
+            "source": grid.source,
+            "corpus": card.name,
+            "corpus_digest": card.digest,
+            "runs": [run.row for run in runs],
+        },
+    )
+    return folder
+
+
+def _flat(settings: Mapping[str, Any], where: str) -> Point:
+    """Settings with ``optim = {lr = 1}`` written ``optim.lr``; unknown keys are refused."""
+    flat: Point = {}
+    for key, value in settings.items():
+        if key == "optim" and isinstance(value, Mapping):
+            flat.update({f"optim.{k}": v for k, v in value.items()})
+        else:
+            flat[key] = value
+    for key in flat:
+        if key not in POINT_KEYS:
+            hint = "; seeds are set by 'seeds' at the top" if key in ("seed", "seeds") else ""
+            raise SweepError(
+                f"{where}: unknown key {key!r}; valid keys: {', '.join(POINT_KEYS)}{hint}"
+            )
+    return flat
+
+
+def _describe(point: Point) -> str:
+    return ", ".join(f"{k} = {v}" for k, v in point.items() if not isinstance(v, dict | list))
+
+
+def _toml(value: Any) -> str:
+    """A JSON value as TOML on one line."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_toml(k)} = {_toml(v)}' for k, v in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False)
