@@ -8,8 +8,8 @@ from. How a run is executed (``TrainSettings``) lies beside it and is recorded p
 import base64
 import hashlib
 import json
-import math
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -265,8 +265,12 @@ def short_digest(data: bytes) -> str:
 
 
 def users_in_fraction(n_users: int, fraction: float) -> int:
-    """Users of a data fraction: the first ``floor(fraction * n_users)``. [users]"""
-    return math.floor(fraction * n_users + 1e-9)
+    """Users of a data fraction: the first ``floor(fraction * n_users)``. [users]
+
+    The fraction is taken as the decimal number it is written as: 0.5689 of 10^8 users is 56,890,000,
+    which binary floats would miss by one.
+    """
+    return int(Decimal(str(float(fraction))) * n_users)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from typing import Annotated, Any, Self
 from pydantic import Field
 
 from scaling.config import (
-    MAX_TOKENS_SINGLE,
     PAPER_VOCABULARY,
     ConfigError,
     CorpusCard,
@@ -301,8 +300,7 @@ def plan_row(
     parameters = count_parameters(model, data.vocab_size)
     n_users = card.fraction_users(data.data_fraction)
     views = config.steps * config.batch_size
-    sequence_length = data.items_per_user if model.system == "clue" else MAX_TOKENS_SINGLE
-    flops = paper_flops(parameters.n_total, config.batch_size, config.steps, sequence_length)
+    flops = paper_flops(parameters.n_total, config.batch_size, config.steps, config.sequence_length)
     exact = expected_flops(
         model, card, config.batch_size, config.steps, data.items_per_user, config.negatives
     ).total
@@ -321,7 +319,7 @@ def plan_row(
         "negatives": config.negatives,
         "items_per_user": data.items_per_user,
         "items_per_user_mean": mean_items(card, data.items_per_user),
-        "sequence_length": sequence_length,
+        "sequence_length": config.sequence_length,
         "tokens_per_item_mean": mean_tokens(card),
         "data_fraction": data.data_fraction,
         "n_users": n_users,
