@@ -267,8 +267,8 @@ def short_digest(data: bytes) -> str:
 def users_in_fraction(n_users: int, fraction: float) -> int:
     """Users of a data fraction: the first ``floor(fraction * n_users)``. [users]
 
-    The fraction is taken as the decimal number it is written as: 0.5689 of 10^8 users is 56,890,000,
-    which binary floats would miss by one.
+    The fraction is taken as the decimal number it is written as: 0.5689 of 10^8 users is
+    56,890,000, which binary floats would miss by one.
     """
     return int(Decimal(str(float(fraction))) * n_users)
 
