@@ -1,0 +1,244 @@
+"""Downstream evaluation of a run's frozen encoder, with popularity beside it.
+
+The users of a task fall into ten groups by the hash of their id. Of F folds, fold r tests on groups
+10r/F ..., takes the next group for early stopping and trains on the rest: with five folds the
+paper's style of split 70/10/20, every user tested once, and no user in two parts of a fold. What is
+learnt or counted in a fold sees no test user (docs/decisions/0006-transfer-protocol.md).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scaling.data.batches import latest
+from scaling.data.corpus import Corpus
+from scaling.data.tasks import Task
+from scaling.files import read_json, write_json
+from scaling.rundir import RunDir
+from scaling.train.checkpoint import load_encoder
+from scaling.transfer.baselines.popularity import count_items
+from scaling.transfer.features import TransferError, item_features, user_features
+from scaling.transfer.heads import Examples, fit, pair_loss, softmax_loss
+from scaling.transfer.metrics import rank, summarise
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Row = dict[str, Any]
+History = Literal["target", "all"]
+Progress = Callable[[int, int], None]
+
+SCHEMA_VERSION = 1
+N_GROUPS = 10
+FOLDS = (2, 5, 10)
+"""Numbers of folds whose test groups are whole and leave groups to train on."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A task as arrays: what the systems of one table learn from and are tested on.
+
+    Items are rows of ``items``, the catalogue of the task's service.
+    """
+
+    items: Floats
+    """Features of the catalogue. [items, d]"""
+    examples: Examples
+    """Features of all users, their targets and stored negatives."""
+    group: NDArray[np.uint8]
+    """Group 0..9 of each user. [users]"""
+    history: tuple[Ints, Ints]
+    """Offsets and items of the users' logs of the service, before their targets."""
+    pretraining: Ints | None
+    """Pretraining users' logs of the service, one after another; None if pretraining lacks it."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Users of one fold; no user in two parts."""
+
+    train: Ints
+    validation: Ints
+    test: Ints
+
+
+def split(group: NDArray[np.uint8], fold: int, folds: int) -> Split:
+    """The users of fold ``fold`` of ``folds``.
+
+    Raises:
+        TransferError: ``folds`` does not divide the groups, or a part has no users.
+    """
+    if folds not in FOLDS:
+        raise TransferError(f"folds = {folds}; valid: {', '.join(map(str, FOLDS))}")
+    width = N_GROUPS // folds
+    tested = group // width == fold
+    stopping = group == (fold + 1) * width % N_GROUPS
+    parts = [np.flatnonzero(p) for p in (~tested & ~stopping, stopping, tested)]
+    if not all(map(len, parts)):
+        sizes = ", ".join(str(len(p)) for p in parts)
+        raise TransferError(
+            f"fold {fold} of {folds} has {sizes} users to train on, validate on and test on; "
+            "each needs at least one"
+        )
+    return Split(*parts)
+
+
+def evaluate_fold(problem: Problem, fold: int, *, folds: int, seed: int, system: str) -> list[Row]:
+    """One row per system for one fold; ``system`` names the row of the head on the features."""
+    users = split(problem.group, fold, folds)
+    test = problem.examples.take(users.test)
+    head = fit(
+        problem.items,
+        problem.examples.take(users.train),
+        problem.examples.take(users.validation),
+        seed=int(np.random.SeedSequence([seed, fold]).generate_state(1)[0]),
+    )
+    logits = head.logits(test, problem.items)
+    rows: list[Row] = [
+        {
+            "system": system,
+            **summarise(rank(logits.numpy())),
+            "loss": float(pair_loss(logits).mean()),
+            "loss_softmax": float(softmax_loss(logits).mean()),
+        }
+    ]
+    for name, counts in _popularity(problem, users.train):
+        # Counts are no probabilities: popularity has ranks and no loss.
+        scores = summarise(rank(counts[test.rows]))
+        rows.append({"system": name, **scores, "loss": None, "loss_softmax": None})
+    size = {"fold": fold, "n_users": len(users.test), "n_targets": test.rows[..., 0].size}
+    return [row | size for row in rows]
+
+
+def _popularity(problem: Problem, train: Ints) -> Iterator[tuple[str, Ints]]:
+    n_items = len(problem.items)
+    _, history = latest(*problem.history, train, np.iinfo(np.int64).max)
+    yield "popularity", count_items(n_items, history, problem.examples.rows[train, :, 0])
+    if problem.pretraining is not None:
+        yield "popularity/pretraining", count_items(n_items, problem.pretraining)
+
+
+def evaluate(
+    run: RunDir,
+    corpus: Corpus,
+    tasks: Sequence[str],
+    *,
+    folds: int = 5,
+    seed: int = 0,
+    history: History = "target",
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Evaluate the newest checkpoint of a run on downstream tasks; ``<run>/transfer/<task>.json``.
+
+    A task whose record is of the same checkpoint, task and settings is read, not computed again.
+
+    Args:
+        corpus: the corpus the run was trained on.
+        tasks: names of tasks of the corpus.
+        folds: 2, 5 or 10; every user is tested in one of them.
+        seed: of the heads.
+        history: user features from the task's own service (the paper's Table 2), or from all
+            history services of the task side by side, in sorted order.
+        progress: called with (folds done, folds in all).
+
+    Returns:
+        Rows of all tasks: ``run_key task system fold hr_1 hr_10 ndcg_10 mrr loss loss_softmax
+        tie_gap n_users n_targets``. ``loss`` is ``heads.pair_loss`` and ``loss_softmax``
+        ``heads.softmax_loss`` over the stored candidates of the test targets, both in nats, so they
+        compare over runs; null for popularity.
+
+    Raises:
+        TransferError: the corpus is not the run's, a setting is not valid, or the encoder's
+            features are not finite (a diverged run).
+        RecordError: the run has no whole checkpoint, or its record is torn.
+        CorpusError: the corpus has no such task.
+    """
+    config = run.spec()
+    if corpus.card.digest != config.data.corpus_digest:
+        raise TransferError(
+            f"{corpus.path}: its digest is {corpus.card.digest}, run {run.run_key} was trained on "
+            f"{config.data.corpus_digest}"
+        )
+    if history not in ("target", "all"):
+        raise TransferError(f"history = {history!r}; valid: target, all")
+    model, step = load_encoder(run)
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    rows: list[Row] = []
+    for done, name in enumerate(tasks):
+        task = Task.open(corpus, name)
+        path = run.path / "transfer" / f"{name}.json"
+        header = {
+            "schema_version": SCHEMA_VERSION,
+            "run_key": run.run_key,
+            "step": step,
+            "task": name,
+            "task_digest": corpus.manifest["tasks"][name],
+            "history": history,
+            "folds": folds,
+            "seed": seed,
+        }
+        found = _recorded(path, header)
+        if found is None:
+            services = [task.service] if history == "target" else sorted(task.services)
+            users, present = user_features(
+                model, corpus, task, services, config.data.items_per_user
+            )
+            items = item_features(model, corpus, np.asarray(task.candidates, np.int64))
+            if not (np.isfinite(users).all() and np.isfinite(items).all()):
+                raise TransferError(
+                    f"run {run.run_key}, step {step}: its features for task {name!r} hold NaN or "
+                    "infinity; did the run diverge?"
+                )
+            problem = pose(corpus, task, np.column_stack([users, present]), items)
+            found = []
+            for fold in range(folds):
+                found += evaluate_fold(
+                    problem, fold, folds=folds, seed=seed, system=f"{config.model.system}/u-mlp"
+                )
+                if progress:
+                    progress(done * folds + fold + 1, len(tasks) * folds)
+            found = [{"run_key": run.run_key, "task": name, **row} for row in found]
+            write_json(path, {**header, "rows": found})
+        elif progress:
+            progress((done + 1) * folds, len(tasks) * folds)
+        rows += found
+    return rows
+
+
+def _recorded(path: Path, header: Row) -> list[Row] | None:
+    """Rows of the record of this very evaluation, or None if it has to be computed."""
+    if not path.exists():
+        return None
+    record = read_json(path)
+    same = isinstance(record, dict) and {k: record.get(k) for k in header} == header
+    return list(record["rows"]) if same else None
+
+
+def pose(corpus: Corpus, task: Task, users: Floats, items: Floats) -> Problem:
+    """A task as arrays, its item numbers turned into rows of its catalogue.
+
+    Args:
+        users: features of the task's users, in its order. [users, user_dim]
+        items: features of ``task.candidates``, in that order. [items, item_dim]
+    """
+    candidates = np.asarray(task.candidates, np.int64)
+    row_of = np.full(corpus.n_items, -1)
+    row_of[candidates] = np.arange(len(candidates))
+    drawn = np.concatenate([np.asarray(task.targets)[..., None], task.negatives], axis=2)
+    offsets, logs = task.history(task.service)
+    pretraining = None
+    if task.service in corpus.card.services:
+        bounds, log = corpus.users(task.service)
+        part = corpus.split("pretraining")
+        pretraining = row_of[log[int(bounds[part.start]) : int(bounds[part.stop])]]
+    return Problem(
+        items,
+        Examples(users.astype(np.float32), row_of[drawn]),
+        np.asarray(task.group),
+        (np.asarray(offsets, np.int64), row_of[logs]),
+        pretraining,
+    )
