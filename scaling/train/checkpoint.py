@@ -166,8 +166,10 @@ def _write(
 
 
 def restore(checkpoint: Checkpoint, engine: Any) -> None:
-    """Put a checkpoint's masters and moments into the engine; every rank calls it."""
-    _create_optimizer_state(engine, checkpoint.step)
+    """Put a checkpoint's masters and moments into the engine; every rank calls it.
+
+    The engine's optimiser state must exist (``create_optimizer_state``).
+    """
     tensors = {name: checkpoint.load(name) for name in TENSORS}
     device = engine.device
     for name, parameter in engine.module.named_parameters():
@@ -181,6 +183,26 @@ def restore(checkpoint: Checkpoint, engine: Any) -> None:
         else:
             for moment in MOMENTS:
                 engine.optimizer.state[parameter][moment].copy_(tensors[moment][name])
+
+
+def create_optimizer_state(engine: Any, step: int) -> None:
+    """Give every parameter Adam's state as after ``step`` steps, with zero moments. Call it once.
+
+    torch creates that state at the first step of each parameter group, and ZeRO links it to its
+    parameters after the first group's step, when the other groups have none yet (DeepSpeed
+    0.19.8): their moments could then be neither saved nor restored. Adam's step count, which
+    corrects its bias, is not reachable through DeepSpeed's accessors either.
+    """
+    zero = engine.optimizer
+    inner = getattr(zero, "optimizer", zero)
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            inner.state[parameter] = {
+                "step": torch.tensor(float(step)),
+                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+            }
+    if inner is not zero:
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _full(engine: Any, parameter: nn.Parameter, moment: str | None) -> Tensor:
@@ -199,24 +221,6 @@ def _full(engine: Any, parameter: nn.Parameter, moment: str | None) -> Tensor:
     else:
         full = parameter.data if moment is None else engine.optimizer.state[parameter][moment]
     return full.detach().float().cpu().contiguous().clone()
-
-
-def _create_optimizer_state(engine: Any, step: int) -> None:
-    """Adam's state as after ``step`` steps, with moments to be filled.
-
-    Optimiser and ZeRO create their state at the first step only; before it there is nothing to
-    restore into, and Adam's step count, which corrects its bias, is not reachable by accessors.
-    """
-    zero = engine.optimizer
-    inner = getattr(zero, "optimizer", zero)
-    for group in inner.param_groups:
-        for parameter in group["params"]:
-            inner.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
-            }
-    if inner is not zero:
-        zero._lazy_init_hp_params_optimizer_state()
 
 
 def load_encoder(run: RunDir) -> tuple[ContrastiveEncoder, int]:

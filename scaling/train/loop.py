@@ -97,6 +97,7 @@ def train(
         )
     step, generation = ranks.tell([step, generation])
     counters = _Counters(config, ranks)
+    checkpoint.create_optimizer_state(engine, step)
     if step:
         found = checkpoint.read(run.path / "ckpt" / f"step-{step:09d}")
         checkpoint.restore(found, engine)
@@ -147,6 +148,8 @@ def train(
             loss = contrastive_loss(everyone, logit_scale, config.negatives)
             loss.backward()  # type: ignore[no-untyped-call]
             engine.backward(_surrogate(own, everyone, model.logit_scale, logit_scale, ranks))
+            logged = (step + 1) % log_every == 0 or step + 1 == steps
+            norm = _unpartitioned_norm(engine) if logged else None
             engine.step()
             step += 1
             counters.add(batch)
@@ -158,8 +161,8 @@ def train(
             if diverged:
                 log.warning("loss is not finite after step %d: the run has diverged", step)
                 return _finish(run, generation, config, ranks, counters, "diverged", step)
-            if step % log_every == 0 or step == steps:
-                norm = float(engine.get_global_grad_norm())
+            if logged:
+                norm = float(engine.get_global_grad_norm() if norm is None else norm)
                 record(
                     "train",
                     {
@@ -274,6 +277,14 @@ def _surrogate(
         ranks.world_size * (own.float() * gradient).sum()
         + (parameter.float() * logit_scale.grad).sum()
     )
+
+
+def _unpartitioned_norm(engine: Any) -> Tensor | None:
+    """Gradient norm before clipping in stage 0; None in others, where ZeRO keeps it itself."""
+    if engine.zero_optimization_stage():
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:

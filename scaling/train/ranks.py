@@ -40,8 +40,10 @@ class Ranks:
             if torch.cuda.is_available()
             else torch.device("cpu"),
         )
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
         if here.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            _refuse_compiled_ops()
         else:
             torch.cuda.set_device(here.device)
         if not torch.distributed.is_initialized():
@@ -93,3 +95,14 @@ class Ranks:
         """Wait for all ranks."""
         if self.world_size > 1:
             torch.distributed.barrier()
+
+
+def _refuse_compiled_ops() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce for CPUs at the first use.
+
+    It would need a compiler on every node, and it assumes that all ranks share one host. An empty
+    table of compatible operators also spares the probes (compiler runs) that would fill it.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
