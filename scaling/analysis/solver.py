@@ -7,8 +7,8 @@ less its mean (centring takes away most of the correlation of scale and exponent
 
 and the objective is ``sum_i w_i huber_delta(ln yhat_i - ln y_i)`` (Hoffmann et al. 2022, eq. 3;
 delta = 1e-3 there). E itself is the parameter, not its logarithm, so that a floor of zero is a
-bound that one step reaches. Everything below is batched over S problems that share their data: starts
-(other theta) or bootstrap draws (other weights w).
+bound that one step reaches. Everything below is batched over S problems that share their data:
+starts (other theta) or bootstrap draws (other weights w).
 
 The minimiser is a damped Newton method that tries, at every iteration, two curvature matrices and
 keeps the better step: the reweighted Gauss-Newton matrix, which majorises the Huber loss and is

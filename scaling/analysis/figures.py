@@ -1,0 +1,279 @@
+"""Figures of a study. Each function takes tables and returns Axes; only ``draw`` writes files.
+
+A law to draw is either a ``PowerLawFit`` or its ``to_dict()`` out of ``fits.json``, so that
+committed tables and fits are enough to make every figure again.
+"""
+
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from scipy.stats import pearsonr, spearmanr
+
+from scaling.analysis.fit import PowerLawFit
+from scaling.analysis.frontier import compute_frontier
+from scaling.files import write_bytes
+from scaling.results import Tables
+
+STYLE = Path(__file__).with_name("clue.mplstyle")
+MARKERS = "osD^vPX"
+
+LABELS = {
+    "pf_days": "compute, paper's formula [PF-days]",
+    "pf_days_exact": "compute, counted [PF-days]",
+    "pf_days_non_embedding": "compute, non-embedding parameters [PF-days]",
+    "loss": "contrastive loss on the pool [nats]",
+    "loss_refit": "loss on the pool, logit scale refitted [nats]",
+    "n_total": "parameters",
+    "n_non_embedding": "parameters, non-embedding",
+    "batch_size": "batch size [users]",
+    "items_per_user": "items per user",
+    "data_fraction": "data fraction",
+    "n_users": "users",
+}
+"""Axis and legend labels of columns, with units."""
+
+DOWNSTREAM_LABELS = {
+    "loss": "downstream loss [nats]",
+    "loss_softmax": "downstream loss over 101 candidates [nats]",
+    "mrr": "downstream MRR",
+    "hr_1": "downstream HR@1",
+    "hr_10": "downstream HR@10",
+    "ndcg_10": "downstream NDCG@10",
+}
+
+
+def loss_vs_compute(
+    runs: pd.DataFrame,
+    fit: PowerLawFit | Mapping[str, Any] | None = None,
+    *,
+    x: str = "pf_days",
+    y: str = "loss",
+    hue: str = "n_total",
+    chance: bool = True,
+    floor: float | None = None,
+    extend: float = 1.0,
+    ax: Axes | None = None,
+) -> Axes:
+    """Loss of every run against its compute, the compute frontier, and a law with its 95 % band.
+
+    Args:
+        fit: law in ``x``; solid over the fitted range and dotted where it is extrapolated.
+        hue: column that colours the runs.
+        chance: draw the loss of a guess, ln of the pool size.
+        floor: loss that no model can beat, where the world states one. [nats]
+        extend: draw the law to this many times the largest fitted compute (at most 10 where the
+            law comes from ``fits.json``).
+    """
+    ax = ax or _axes()
+    whole = runs[runs[x].notna() & runs[y].notna()]
+    _scatter_by(ax, whole, x, y, hue)
+    front = compute_frontier(whole, x=x, y=y)
+    ax.plot(
+        front[x], front[y], color="0.25", linewidth=0.9, marker="o", markersize=10,
+        markerfacecolor="none", markeredgewidth=0.9, label="compute frontier", zorder=2.5,
+    )  # fmt: skip
+    if fit is not None:
+        _law(ax, fit, x, extend)
+    if chance and "chance" in whole:
+        for value in sorted(whole["chance"].dropna().unique()):
+            ax.axhline(value, color="0.45", linestyle="--", linewidth=1, label="chance (ln pool)")
+    if floor is not None:
+        ax.axhline(floor, color="0.45", linestyle="-.", linewidth=1, label="floor of the world")
+    _log_log(ax)
+    ax.set_xlabel(LABELS.get(x, x))
+    ax.set_ylabel(LABELS.get(y, y))
+    _legend(ax)
+    return ax
+
+
+def transfer_vs_pretraining(
+    transfer: pd.DataFrame,
+    runs: pd.DataFrame,
+    *,
+    metric: str = "loss",
+    system: str = "clue/u-mlp",
+    baseline: str | None = "popularity",
+    ax: Axes | None = None,
+) -> Axes:
+    """Downstream loss (mean over folds) against pretraining loss, one colour a task.
+
+    The legend gives Pearson's and Spearman's correlation over runs; a dashed line shows the
+    baseline of the same task.
+
+    Args:
+        metric: a column of the transfer table.
+        system: rows to draw.
+        baseline: system of the dashed lines; None for none.
+    """
+    ax = ax or _axes()
+    for i, (task, points) in enumerate(downstream_points(transfer, runs, metric, system).items()):
+        color = f"C{i % 7}"
+        label = f"{task}, {len(points)} runs"
+        if len(points) > 2 and points["pretraining"].nunique() > 1:
+            pearson = pearsonr(points["pretraining"], points["downstream"]).statistic
+            spearman = spearmanr(points["pretraining"], points["downstream"]).statistic
+            label += f"\nPearson {pearson:.2f}, Spearman {spearman:.2f}"
+        ax.scatter(
+            points["pretraining"], points["downstream"], color=color, s=34, alpha=0.9,
+            marker=MARKERS[i % len(MARKERS)], linewidths=0, label=label,
+        )  # fmt: skip
+        rows = transfer[(transfer["task"] == task) & (transfer["system"] == baseline)]
+        if len(rows) and rows[metric].notna().any():
+            ax.axhline(
+                rows[metric].mean(), color=color, linestyle="--", linewidth=1,
+                label=f"{task}, {baseline}",
+            )  # fmt: skip
+    ax.set_xlabel("pretraining: " + LABELS["loss"])
+    ax.set_ylabel(DOWNSTREAM_LABELS.get(metric, metric))
+    _legend(ax)
+    return ax
+
+
+def downstream_points(
+    transfer: pd.DataFrame, runs: pd.DataFrame, metric: str, system: str
+) -> dict[str, pd.DataFrame]:
+    """Per task: ``run_key``, ``pretraining`` loss, ``downstream`` metric (mean over folds)."""
+    rows = transfer[(transfer["system"] == system) & transfer[metric].notna()]
+    means = rows.groupby(["task", "run_key"])[metric].mean().rename("downstream").reset_index()
+    known = runs.loc[runs["loss"].notna(), ["run_key", "loss"]]
+    joined = means.merge(known.rename(columns={"loss": "pretraining"}), on="run_key")
+    return {
+        str(task): points.reset_index(drop=True)
+        for task, points in joined.groupby("task", sort=True)
+    }
+
+
+def plot_power_law(fit: PowerLawFit, *, ax: Axes | None = None, extend: float = 1.0) -> Axes:
+    """Fitted points, law and 95 % band."""
+    ax = ax or _axes()
+    used = fit.weights > 0
+    x = np.exp(fit.problem.log_x[used, 0])
+    ax.plot(x, np.exp(fit.problem.log_y[used]), "o", color="C0", label="fitted points")
+    _law(ax, fit, fit.x, extend)
+    _log_log(ax)
+    ax.set_xlabel(LABELS.get(fit.x, fit.x))
+    ax.set_ylabel(LABELS.get(fit.y, fit.y))
+    _legend(ax)
+    return ax
+
+
+def draw(
+    tables: Tables, fits: Mapping[str, Any], out: Path, *, floor: float | None = None
+) -> list[Path]:
+    """Write all figures of a study as PNG and SVG.
+
+    Args:
+        fits: content of ``fits.json`` (``scaling.analysis.report.study``).
+        out: folder of the figures, ``results/<sweep>/figures``.
+        floor: loss that no model can beat, where the world states one. [nats]
+
+    Returns:
+        Paths of the files written; a figure without data is not drawn.
+    """
+    figures: dict[str, Callable[[], Axes]] = {}
+    if tables.runs["loss"].notna().any():
+        law = fits.get("compute", {}).get("headline", {}).get("fit")
+        figures["loss_vs_compute"] = lambda: loss_vs_compute(
+            tables.runs, law, floor=floor, extend=3.0
+        )
+    if len(tables.transfer):
+        figures["transfer_vs_pretraining"] = lambda: transfer_vs_pretraining(
+            tables.transfer, tables.runs
+        )
+    written = []
+    for name, make in figures.items():
+        with mpl.rc_context(fname=STYLE):
+            figure = make().figure
+            assert isinstance(figure, Figure)
+            for kind in ("png", "svg"):
+                buffer = io.BytesIO()
+                # no date, so that the same tables give the same bytes
+                metadata = {"Software": None} if kind == "png" else {"Date": None}
+                figure.savefig(buffer, format=kind, metadata=metadata)
+                write_bytes(out / f"{name}.{kind}", buffer.getvalue())
+                written.append(out / f"{name}.{kind}")
+            plt.close(figure)
+    return written
+
+
+def _axes() -> Axes:
+    with mpl.rc_context(fname=STYLE):
+        return plt.subplots(layout="constrained")[1]
+
+
+def _law(ax: Axes, fit: PowerLawFit | Mapping[str, Any], x: str, extend: float) -> None:
+    if isinstance(fit, PowerLawFit):
+        curve, exponent = fit.band(extend), float(fit.params["exponent"])
+        interval = (
+            None if fit.draws.empty else tuple(fit.draws["exponent"].quantile([0.025, 0.975]))
+        )
+    else:
+        curve, exponent = pd.DataFrame(fit["curve"]), float(fit["params"]["exponent"])
+        interval = fit["ci95"] and tuple(fit["ci95"]["exponent"])
+        curve = curve[curve[x] <= fit["range"][x][1] * extend * (1 + 1e-9)]
+    label = f"exponent {exponent:.3g}"
+    if interval is not None:
+        label += f"\n95 %: {interval[0]:.3g} to {interval[1]:.3g}"
+    outside = curve["extrapolated"].to_numpy(dtype=bool)
+    ax.plot(curve[x][~outside], curve["y"][~outside], color="C1", label=label, zorder=2.8)
+    if outside.any():
+        joined = outside | np.append(outside[1:], False)  # from the last fitted point on
+        ax.plot(curve[x][joined], curve["y"][joined], color="C1", linestyle=":", zorder=2.8)
+    if "lower" in curve:
+        ax.fill_between(
+            curve[x], curve["lower"], curve["upper"], color="C1", alpha=0.18, linewidth=0, zorder=1
+        )
+
+
+def _scatter_by(ax: Axes, runs: pd.DataFrame, x: str, y: str, hue: str) -> None:
+    """Points coloured by a column: one legend entry a value, a colour bar if there are many."""
+    values = runs[hue].to_numpy(dtype=np.float64, na_value=np.nan)
+    levels = np.unique(values[np.isfinite(values)])
+    cmap = mpl.colormaps["viridis"]
+    if len(levels) > 7:
+        points = ax.scatter(runs[x], runs[y], c=values, cmap=cmap, norm="log", s=30, zorder=3)
+        ax.figure.colorbar(points, ax=ax, label=LABELS.get(hue, hue))
+        return
+    for i, level in enumerate(levels):
+        some = runs[values == level]
+        ax.scatter(
+            some[x], some[y], color=cmap(0.92 * i / max(1, len(levels) - 1)), s=34, linewidths=0,
+            marker=MARKERS[i % len(MARKERS)], label=f"{_short(level)} {LABELS.get(hue, hue)}",
+            zorder=3,
+        )  # fmt: skip
+
+
+def _log_log(ax: Axes) -> None:
+    """Logarithmic axes; plain numbers on y, whose range is often less than a decade."""
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    if high / low < 30:
+        ax.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+
+
+def _legend(ax: Axes) -> None:
+    """Legend beside the axes, where it hides no point; one entry per label."""
+    handles, labels = ax.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    if unique:
+        ax.legend(unique.values(), unique.keys(), loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+
+def _short(value: float) -> str:
+    """4,200,000 as 4.2M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
