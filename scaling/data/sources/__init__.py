@@ -14,6 +14,8 @@ source: it comes with a ``problem``, and preparation counts and refuses.
 """
 
 import importlib
+import os
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,7 +33,7 @@ LOG = {
     "position": "int64",  # stored order among a user's logs: breaks ties of time
     "rating": "float64",
     "category": "string",
-    "problem": "string",  # null for a sound row, else "FILE:LINE: REASON"; then all else may be null
+    "problem": "string",  # null: a sound row; else "FILE:LINE: REASON", the rest may be null
 }
 """Columns of a table of logs and their Ibis types; ``!`` marks what a sound row must have."""
 
@@ -69,3 +71,15 @@ def read_logs(con: Any, config: Any, base: Path) -> ibis.Table:
     return table.mutate(**null).select(
         *(table[c].cast(t.lstrip("!")) if c in table.columns else c for c, t in LOG.items())
     )
+
+
+def resolve(base: Path, path: str) -> Path:
+    """A path of a source: ``~`` and ``$VARIABLES`` expanded, relative to the corpus file's folder.
+
+    Raises:
+        ConfigError: a variable is not set.
+    """
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if missing := re.search(r"\$(\w+|\{\w+\})", expanded):
+        raise ConfigError(f"{path}: the environment variable {missing[0]} is not set")
+    return base / expanded

@@ -1,0 +1,184 @@
+"""Preparation: behaviour logs of a corpus file become a corpus.
+
+Everything is written to a scratch folder beside the corpora and published by one rename, so that a
+corpus is there or not. Its digest is that of its content.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import tokenizers
+
+from scaling import __version__
+from scaling.config import CorpusCard
+from scaling.data.build import Built, build
+from scaling.data.card import corpus_card, nominal_card
+from scaling.data.corpus import (
+    SCHEMA_VERSION,
+    Corpus,
+    CorpusError,
+    content_digest,
+    folders,
+    read_manifest,
+    task_digest,
+)
+from scaling.data.logs import Progress
+from scaling.data.recipe import CorpusFile, read_corpus_file
+from scaling.data.sources import source_files
+from scaling.files import TMP_PREFIX, publish, sha256, write_json
+
+
+def prepare(corpus_file: Path, root: Path, *, progress: Progress | None = None) -> Path:
+    """Prepare a corpus, or find it prepared: then only the source's files are looked at.
+
+    Args:
+        root: the corpus is published below ``root/corpora``.
+        progress: told of each stage as it begins.
+
+    Returns:
+        The folder of the corpus.
+
+    Raises:
+        CorpusError: the logs cannot make the corpus, or the disk is full. Nothing is published.
+        ConfigError: the corpus file is wrong.
+    """
+    corpus_file = Path(corpus_file)
+    file = read_corpus_file(corpus_file)
+    if file.source is None:
+        raise CorpusError(f"{corpus_file}: a nominal corpus has no logs to prepare")
+    sources = _fingerprint(file, corpus_file)
+    for path, manifest in _same_recipe(root, file):
+        if manifest["sources"] == sources and _has_tasks(manifest, file):
+            return path
+    report = progress or (lambda stage, done, total: None)
+    corpora = Path(root) / "corpora"
+    try:
+        corpora.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=TMP_PREFIX, dir=corpora) as scratch:
+            staged = Path(scratch) / "corpus"
+            built = build(file, corpus_file, Path(scratch), staged, report)
+            manifest = {**_manifest(file, staged, built), "sources": sources}
+            return _publish(staged, corpora / f"{file.name}-{manifest['digest']}", manifest)
+    except OSError as e:
+        raise CorpusError(
+            f"{corpora}: {e.strerror or e} while preparing {corpus_file}; nothing was published"
+        ) from e
+    except duckdb.Error as e:
+        raise CorpusError(f"{corpus_file}: {e}; nothing was published") from e
+
+
+def find_prepared(root: Path, corpus_file: Path) -> Corpus | None:
+    """The corpus prepared from a corpus file, whether or not its source is at hand.
+
+    Raises:
+        CorpusError: the same recipe was prepared from several states of its source.
+    """
+    found = [path for path, _ in _same_recipe(root, read_corpus_file(corpus_file))]
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found)
+        raise CorpusError(
+            f"{corpus_file}: prepared from several states of its source: {names}; "
+            "remove all but one"
+        )
+    return Corpus.open(found[0]) if found else None
+
+
+def read_card(corpus_file: Path, root: Path) -> CorpusCard:
+    """Card of a corpus: of the prepared one, or of a nominal one.
+
+    Raises:
+        CorpusError: the corpus has a source and is not prepared.
+    """
+    file = read_corpus_file(corpus_file)
+    if file.nominal is not None:
+        return nominal_card(file)
+    corpus = find_prepared(root, corpus_file)
+    if corpus is None:
+        raise CorpusError(
+            f"{corpus_file}: not prepared below {root}; run: clue-scaling prepare {corpus_file}"
+        )
+    return corpus.card
+
+
+def _fingerprint(file: CorpusFile, corpus_file: Path) -> list[dict[str, Any]]:
+    """Name, size and time of change of every file of the source."""
+    found = []
+    for path in source_files(file.source, corpus_file.parent):
+        try:
+            stat = path.stat()
+        except OSError as e:
+            raise CorpusError(f"{corpus_file}: {path}: {e.strerror}") from None
+        found.append(
+            {"path": str(path.resolve()), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        )
+    return found
+
+
+def _same_recipe(root: Path, file: CorpusFile) -> list[tuple[Path, dict[str, Any]]]:
+    manifests = ((path, read_manifest(path)) for path in folders(root))
+    return [(p, m) for p, m in manifests if m["recipe"] == file.recipe and m["name"] == file.name]
+
+
+def _has_tasks(manifest: dict[str, Any], file: CorpusFile) -> bool:
+    return all(manifest["task_recipes"].get(task) == file.task_recipe(task) for task in file.tasks)
+
+
+def _manifest(file: CorpusFile, staged: Path, built: Built) -> dict[str, Any]:
+    manifest: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "name": file.name,
+        "recipe": file.recipe,
+        "corpus_file": file.model_dump(mode="json"),
+        "task_recipes": {t: file.task_recipe(t) for t in file.tasks},
+        "services": list(file.all_services),
+        "splits": built.splits,
+        "steps": built.steps,
+        "files": {
+            p.relative_to(staged).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)}
+            for p in sorted(staged.rglob("*"))
+            if p.is_file()
+        },
+        "software": {
+            "clue-scaling": __version__,
+            "duckdb": duckdb.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+    }
+    digest = content_digest(manifest)
+    card = corpus_card(file, staged, digest, built.splits, built.vocab_size)
+    return {
+        **manifest,
+        "digest": digest,
+        "tasks": {t: task_digest(manifest, t) for t in file.tasks},
+        "card": card.model_dump(mode="json"),
+    }
+
+
+def _publish(staged: Path, final: Path, manifest: dict[str, Any]) -> Path:
+    """Publish a corpus; where its content is there already, add the tasks that are new.
+
+    Raises:
+        CorpusError: a task of that name is there with other content, which results may rest on.
+    """
+    if not final.exists():
+        write_json(staged / "manifest.json", manifest)
+        publish(staged, final)
+        return final
+    there = read_manifest(final)
+    for task, digest in manifest["tasks"].items():
+        if there["tasks"].get(task, digest) != digest:
+            raise CorpusError(
+                f"{final}: there is a task {task!r} of other content; give the new one another name"
+            )
+    for task in manifest["tasks"].keys() - there["tasks"].keys():
+        (final / "tasks").mkdir(exist_ok=True)
+        publish(staged / "tasks" / task, final / "tasks" / task)
+    merged = {
+        **there,
+        **{k: manifest[k] for k in ("recipe", "corpus_file", "sources")},
+        **{k: {**there[k], **manifest[k]} for k in ("tasks", "task_recipes", "files")},
+    }
+    write_json(final / "manifest.json", merged)
+    return final
