@@ -1,0 +1,270 @@
+"""The training loop against a plain PyTorch one, across ranks, and through kills."""
+
+import itertools
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from scaling.config import ConfigError, ModelConfig, RunConfig, TrainSettings
+from scaling.data.batches import Batches, make_batch
+from scaling.data.corpus import Corpus
+from scaling.flops import exact_flops
+from scaling.models import build
+from scaling.models.losses import contrastive_loss
+from scaling.rundir import RunDir, Superseded
+from scaling.train import checkpoint
+from scaling.train.loop import learning_rate, train
+
+RANK = Path(__file__).parent / "rank.py"
+
+
+def configure(corpus: Corpus, **changes) -> RunConfig:
+    """A small run on a corpus: 24 steps of 16 users, evaluated 4 times."""
+    dropout = changes.pop("dropout", 0.0)
+    return RunConfig.model_validate(
+        {
+            "model": ModelConfig(layers=1, d_model=16, heads=2, dropout=dropout),
+            "data": {
+                "corpus_digest": corpus.card.digest,
+                "vocab_size": corpus.card.vocab_size,
+                "n_services": len(corpus.card.services),
+                "items_per_user": 4,
+            },
+            "batch_size": 16,
+            "negatives": 16,
+            "steps": 24,
+            "evaluations": 4,
+            "optim": {"lr": 5e-3},
+            "pool": corpus.card.pool,
+            "seed": 3,
+            **changes,
+        }
+    )
+
+
+def spawn(run: RunDir, corpus: Corpus, ranks: int = 1, **environment) -> list[subprocess.Popen]:
+    """Start one process per rank of ``rank.py``."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    joined = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(RANK), str(run.root), run.run_key, str(corpus.path)],
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                **({**joined, "RANK": str(r), "LOCAL_RANK": str(r)} if ranks > 1 else {}),
+                **environment,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for r in range(ranks)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> str:
+    """Wait for all ranks; their output, asserted to have ended well."""
+    output = [p.communicate(timeout=300)[0].decode() for p in processes]
+    assert all(p.returncode == 0 for p in processes), "\n".join(output)
+    return "\n".join(output)
+
+
+def curve(run: RunDir, kind: str = "train") -> list[dict]:
+    """Metrics rows without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in run.curve(kind)]
+
+
+def parameters(run: RunDir) -> dict[str, torch.Tensor]:
+    """Final parameters of a run."""
+    return checkpoint.newest(run).load("params")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_corpus, tmp_path_factory):
+    """A run with dropout, trained in one go: what every disturbed run must equal."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    run = RunDir.create(root, configure(tiny_corpus, dropout=0.1), "tiny")
+    result = train(run, tiny_corpus, TrainSettings(threads=1))
+    return run, result
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_training_equals_a_plain_pytorch_loop(tiny_corpus, tmp_path, stage):
+    config = configure(tiny_corpus, negatives=8)
+    run = RunDir.create(tmp_path, config, "tiny")
+    result = train(run, tiny_corpus, TrainSettings(zero_stage=stage, threads=1))
+
+    model = build(config.model, config.data.vocab_size, config.seed)
+    weights = [p for n, p in model.named_parameters() if n != "logit_scale"]
+    optimizer = torch.optim.AdamW(
+        [{"params": weights, "weight_decay": 0.1},
+         {"params": [model.logit_scale], "weight_decay": 0.0}],
+        betas=(0.9, 0.98), eps=1e-6,
+    )  # fmt: skip
+    losses = []
+    for step in range(config.steps):
+        batch = Batches(tiny_corpus, config).batch(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        projected = model.project(model(batch)).view(config.data.n_services, 16, -1)
+        loss = contrastive_loss(projected, model.logit_scale, 8)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+        losses.append(loss.item())
+    assert [row["loss"] for row in run.curve("train")] == pytest.approx(losses, rel=1e-4)
+    rows = tiny_corpus.split("pool")
+    model.eval()
+    with torch.no_grad():
+        pool = make_batch(tiny_corpus, range(rows.start, rows.stop), 4)
+        projected = model.project(model(pool)).view(config.data.n_services, config.pool.size, -1)
+        expected = contrastive_loss(projected, model.logit_scale, config.pool.size)
+    assert result["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert result["chance"] == pytest.approx(math.log(config.pool.size))
+    for name, value in parameters(run).items():
+        assert torch.allclose(value, model.state_dict()[name], atol=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_ranks_give_the_losses_of_one(tiny_corpus, tmp_path, stage):
+    config = configure(tiny_corpus)
+    alone = RunDir.create(tmp_path / "alone", config, "tiny")
+    train(alone, tiny_corpus, TrainSettings(threads=1))
+    together = RunDir.create(tmp_path / "together", config, "tiny")
+    finish(spawn(together, tiny_corpus, ranks=2, ZERO_STAGE=str(stage)))
+    for kind in ("train", "pool"):
+        one, two = alone.curve(kind), together.curve(kind)
+        assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-4)
+        for counter in ("tokens", "items", "users", "flops_exact"):
+            assert [r[counter] for r in one] == [r[counter] for r in two]
+
+
+def test_stopping_and_resuming_repeats_the_run_bit_for_bit(undisturbed, tiny_corpus, tmp_path):
+    whole, result = undisturbed
+    run = RunDir.create(tmp_path, whole.spec(), "tiny")
+    for stop_after in (5, 9):
+        polls = iter(range(1, 100))
+        stopped = train(
+            run, tiny_corpus, TrainSettings(threads=1),
+            should_stop=lambda p=polls, n=stop_after: next(p) >= n,
+        )  # fmt: skip
+        assert stopped is None
+    resumed = train(run, tiny_corpus, TrainSettings(threads=1))
+    assert run.generations() == [1, 2, 3]
+    assert curve(run) == curve(whole)
+    assert curve(run, "pool") == curve(whole, "pool")
+    assert all(torch.equal(v, parameters(whole)[n]) for n, v in parameters(run).items())
+    clock = ("seconds", "generation")
+    assert {k: v for k, v in resumed.items() if k not in clock} == {
+        k: v for k, v in result.items() if k not in clock
+    }
+
+
+@pytest.mark.slow
+def test_a_run_killed_anywhere_continues_bit_for_bit(undisturbed, tiny_corpus, tmp_path):
+    whole, _ = undisturbed
+    run = RunDir.create(tmp_path, whole.spec(), "tiny")
+    for kills in range(3):
+        (process,) = spawn(run, tiny_corpus, STEP_SECONDS="0.05")
+        seen = (run.progress() or {"step": 0})["step"]
+        while (run.progress() or {"step": 0})["step"] < min(seen + 5, 23) or not (
+            len(run.generations()) > kills
+        ):
+            assert process.poll() is None, process.communicate()[0].decode()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert run.result() is None
+    finish(spawn(run, tiny_corpus))
+    assert len(run.generations()) == 4
+    assert curve(run) == curve(whole)
+    assert curve(run, "pool") == curve(whole, "pool")
+    assert all(torch.equal(v, parameters(whole)[n]) for n, v in parameters(run).items())
+
+
+def test_a_finished_run_is_not_trained_again(undisturbed, tiny_corpus):
+    run, result = undisturbed
+    assert train(run, tiny_corpus, TrainSettings(threads=1)) == run.result()
+    assert run.generations() == [1]
+    assert result["step"] == 24
+
+
+def test_a_fenced_off_writer_commits_nothing(tiny_corpus, tmp_path):
+    run = RunDir.create(tmp_path, configure(tiny_corpus), "tiny")
+
+    def overtaken(step, steps, loss):
+        if step == 10:
+            run.start_generation({"resumed_from": 0})
+
+    with pytest.raises(Superseded):
+        train(run, tiny_corpus, TrainSettings(threads=1, checkpoint_every=8), progress=overtaken)
+    assert [p.name for p in checkpoint.committed(run)] == ["step-000000008"]
+    assert run.result() is None
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tiny_corpus, tmp_path):
+    run = RunDir.create(
+        tmp_path, configure(tiny_corpus, optim={"lr": 1e38, "clip_norm": 1e38}), "tiny"
+    )
+    result = train(run, tiny_corpus, TrainSettings(threads=1))
+    assert result["status"] == "diverged"
+    assert 0 < result["step"] < 24
+    assert result["loss"] is None
+    assert run.result() == result
+
+
+def test_counters_are_those_of_the_batches(undisturbed, tiny_corpus):
+    run, result = undisturbed
+    config = run.spec()
+    tokens = tokens_sq = items = items_sq = 0
+    for step in range(config.steps):
+        batch = Batches(tiny_corpus, config).batch(step)
+        tokens += sum(int(n) for n in batch.item_lengths)
+        tokens_sq += sum(int(n) ** 2 for n in batch.item_lengths)
+        items += sum(int(n) for n in batch.row_lengths)
+        items_sq += sum(int(n) ** 2 for n in batch.row_lengths)
+    assert (result["tokens"], result["items"], result["users"]) == (tokens, items, 24 * 16)
+    n = config.data.n_services
+    expected = exact_flops(
+        config.model, tokens=tokens, tokens_sq=tokens_sq, items=items, items_sq=items_sq,
+        rows=24 * 16 * n, users=24 * 16, n_services=n, negatives=16,
+    )  # fmt: skip
+    assert result["flops_exact"] == expected.total
+
+
+def test_learning_rate_warms_up_linearly_and_ends_at_its_tenth(tiny_corpus):
+    config = configure(tiny_corpus, steps=1000, optim={"lr": 5e-4, "warmup": 0.01})
+    rates = [learning_rate(config, step) for step in range(1000)]
+    assert rates[:10] == pytest.approx([5e-4 * (i + 1) / 10 for i in range(10)])
+    assert max(rates) == pytest.approx(5e-4)
+    assert rates[-1] == pytest.approx(5e-5)
+    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
+    middle = learning_rate(config, 10 + 495 - 1)
+    assert middle == pytest.approx(5e-5 + 0.5 * 4.5e-4)
+
+
+def test_another_corpus_or_an_odd_number_of_ranks_is_refused(tiny_corpus, tmp_path, monkeypatch):
+    run = RunDir.create(tmp_path, configure(tiny_corpus), "tiny")
+    other = configure(tiny_corpus).model_copy(
+        update={"data": configure(tiny_corpus).data.model_copy(update={"corpus_digest": "a" * 16})}
+    )
+    wrong = RunDir.create(tmp_path, other, "tiny")
+    with pytest.raises(ConfigError, match=r"is not the run's \(aaaaaaaaaaaaaaaa\)"):
+        train(wrong, tiny_corpus, TrainSettings())
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ConfigError, match="WORLD_SIZE"):
+        train(run, tiny_corpus, TrainSettings())
+    assert run.generations() == []
