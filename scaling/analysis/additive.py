@@ -103,6 +103,7 @@ class AdditiveFit:
         dropped: rows left out, by rule.
         frontier: whether only the compute frontier was fitted.
         draws_failed: bootstrap draws with too few distinct points to fit; not among ``draws``.
+        draws_unconverged: draws that ended above the tolerance of a draw; they are among ``draws``.
         cluster, seed: of the bootstrap.
         problem, theta, theta_draws: data and parameters as the solver has them.
     """
@@ -119,6 +120,7 @@ class AdditiveFit:
     dropped: Mapping[str, int]
     frontier: bool
     draws_failed: int
+    draws_unconverged: int
     cluster: str | None
     seed: int
     problem: Problem
@@ -241,6 +243,7 @@ class AdditiveFit:
                 "n_clusters": self.n_clusters,
                 "draws": len(self.draws),
                 "failed": self.draws_failed,
+                "unconverged": self.draws_unconverged,
                 "seed": self.seed,
             },
         }

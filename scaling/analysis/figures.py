@@ -16,8 +16,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
-from scipy.stats import pearsonr, spearmanr
 
+from scaling.analysis.downstream import SYSTEM, correlations, downstream_points
 from scaling.analysis.fit import PowerLawFit
 from scaling.analysis.frontier import compute_frontier
 from scaling.files import write_bytes
@@ -100,7 +100,7 @@ def transfer_vs_pretraining(
     runs: pd.DataFrame,
     *,
     metric: str = "loss",
-    system: str = "clue/u-mlp",
+    system: str = SYSTEM,
     baseline: str | None = "popularity",
     ax: Axes | None = None,
 ) -> Axes:
@@ -118,10 +118,9 @@ def transfer_vs_pretraining(
     for i, (task, points) in enumerate(downstream_points(transfer, runs, metric, system).items()):
         color = f"C{i % 7}"
         label = f"{task}, {len(points)} runs"
-        if len(points) > 2 and points["pretraining"].nunique() > 1:
-            pearson = pearsonr(points["pretraining"], points["downstream"]).statistic
-            spearman = spearmanr(points["pretraining"], points["downstream"]).statistic
-            label += f"\nPearson {pearson:.2f}, Spearman {spearman:.2f}"
+        r = correlations(points)
+        if r["pearson"] is not None:
+            label += f"\nPearson {r['pearson']:.2f}, Spearman {r['spearman']:.2f}"
         ax.scatter(
             points["pretraining"], points["downstream"], color=color, s=34, alpha=0.9,
             marker=MARKERS[i % len(MARKERS)], linewidths=0, label=label,
@@ -132,24 +131,10 @@ def transfer_vs_pretraining(
                 rows[metric].mean(), color=color, linestyle="--", linewidth=1,
                 label=f"{task}, {baseline}",
             )  # fmt: skip
-    ax.set_xlabel("pretraining: " + LABELS["loss"])
+    ax.set_xlabel("pretraining loss on the pool [nats]")
     ax.set_ylabel(DOWNSTREAM_LABELS.get(metric, metric))
     _legend(ax)
     return ax
-
-
-def downstream_points(
-    transfer: pd.DataFrame, runs: pd.DataFrame, metric: str, system: str
-) -> dict[str, pd.DataFrame]:
-    """Per task: ``run_key``, ``pretraining`` loss, ``downstream`` metric (mean over folds)."""
-    rows = transfer[(transfer["system"] == system) & transfer[metric].notna()]
-    means = rows.groupby(["task", "run_key"])[metric].mean().rename("downstream").reset_index()
-    known = runs.loc[runs["loss"].notna(), ["run_key", "loss"]]
-    joined = means.merge(known.rename(columns={"loss": "pretraining"}), on="run_key")
-    return {
-        str(task): points.reset_index(drop=True)
-        for task, points in joined.groupby("task", sort=True)
-    }
 
 
 def plot_power_law(fit: PowerLawFit, *, ax: Axes | None = None, extend: float = 1.0) -> Axes:

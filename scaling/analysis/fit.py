@@ -43,6 +43,11 @@ STARTS_SCORED = 2_000
 STARTS_POLISHED = 24
 SAME_OPTIMUM = 1e-6
 """Two optima are one when their objectives agree to this relative difference."""
+RIVAL_OPTIMUM = 0.1
+"""Bootstrap draws also start from optima whose objective is at most this much above the best."""
+DRAW_TOLERANCE, DRAW_ITERATIONS = 1e-5, 60
+"""Relative gradient that ends a bootstrap draw, and the iterations it may take: its rounding has
+only to be small beside the spread of the draws."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +178,7 @@ def fit_additive(
     theta, certificate, others = _best(minima, int(mask.sum()))
     status, message = _judge(minima, starts, certificate, factors, irreducible)
 
-    theta_draws = _bootstrap(problem, [theta, *others], draws)
+    theta_draws, missed = _bootstrap(problem, [theta, *others], draws)
     return kind(
         factors=factors,
         y=y,
@@ -187,6 +192,7 @@ def fit_additive(
         dropped=dropped,
         frontier=frontier,
         draws_failed=n_boot - len(draws),
+        draws_unconverged=missed,
         cluster=cluster,
         seed=seed,
         problem=problem,
@@ -247,7 +253,7 @@ def _check_enough(
 
 
 def _best(minima: Minima, n: int) -> tuple[Array, Certificate, list[Array]]:
-    """The best optimum, its certificate, and one representative of each other basin (at most 2)."""
+    """The best optimum, its certificate, and its rivals (at most 2)."""
     order = np.argsort(minima.objective, kind="stable")
     best = float(minima.objective[order[0]])
     # below a squared residual of 1e-18 per row, objectives differ by rounding only
@@ -265,7 +271,8 @@ def _best(minima: Minima, n: int) -> tuple[Array, Certificate, list[Array]]:
         agree=agree,
         basins=tuple(float(minima.objective[i]) for i in basins[:3]),
     )
-    return minima.theta[basins[0]], certificate, [minima.theta[i] for i in basins[1:3]]
+    rivals = [i for i in basins[1:3] if minima.objective[i] <= (1 + RIVAL_OPTIMUM) * best]
+    return minima.theta[basins[0]], certificate, [minima.theta[i] for i in rivals]
 
 
 def _judge(
@@ -296,15 +303,20 @@ def _judge(
     return FitStatus.CONVERGED, evidence
 
 
-def _bootstrap(problem: Problem, optima: list[Array], draws: Array) -> Array:
-    """``[B, P]`` the best optimum of every draw, started from each known basin."""
+def _bootstrap(problem: Problem, optima: list[Array], draws: Array) -> tuple[Array, int]:
+    """``[B, P]`` the best optimum of every draw, and how many draws missed the tolerance."""
     if not len(draws):
-        return np.empty((0, problem.n_params))
+        return np.empty((0, problem.n_params)), 0
     if problem.floor:  # the basin most often changed into: no floor at all
         optima = [*optima, np.concatenate([[0.0], optima[0][1:]])]
-    found = [minimise(problem, np.tile(theta, (len(draws), 1)), draws, 1e-6) for theta in optima]
+    found = [
+        minimise(problem, np.tile(theta, (len(draws), 1)), draws, DRAW_TOLERANCE, DRAW_ITERATIONS)
+        for theta in optima
+    ]
     best = np.argmin([m.objective for m in found], axis=0)
-    return np.stack([found[b].theta[i] for i, b in enumerate(best)])
+    theta = np.stack([found[b].theta[i] for i, b in enumerate(best)])
+    missed = [found[b].gradient[i] > DRAW_TOLERANCE for i, b in enumerate(best)]
+    return theta, int(np.sum(missed))
 
 
 def _public(problem: Problem, theta: Array, factors: tuple[str, ...]) -> pd.DataFrame:

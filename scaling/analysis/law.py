@@ -30,6 +30,8 @@ class Identification:
     design moves the factor together with others (10 is the customary limit)."""
     max_relative_width: float = 1.0
     """Width of the 95 % interval over the estimate."""
+    min_rows_per_parameter: float = 2.0
+    """Fitted rows over parameters of the law."""
     min_exponent: float = 0.01
     """Lower end of the 95 % interval; an interval that reaches this low does not exclude zero."""
 
@@ -80,6 +82,9 @@ class LawFit(AdditiveFit):
             values = len(np.unique(fitted[:, k]))
             failed = {
                 f"status {self.status}": self.status is not FitStatus.CONVERGED,
+                f"{self.n} rows for {self.problem.n_params} parameters": (
+                    self.n < rule.min_rows_per_parameter * self.problem.n_params
+                ),
                 f"values span only a factor of {span:.3g}": span < rule.min_range,
                 f"only {values} distinct values": values < rule.min_values,
                 f"moves with the other factors (variance inflation {inflation[k]:.3g})": (

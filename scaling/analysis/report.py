@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import kendalltau, pearsonr, spearmanr
+from scipy.stats import kendalltau, spearmanr
 
 import scaling
 from scaling.analysis.additive import FitError, FitStatus
-from scaling.analysis.figures import downstream_points
+from scaling.analysis.downstream import SYSTEM, correlations, downstream_points
 from scaling.analysis.fit import LOG_HUBER_DELTA, PowerLawFit, fit_power_law
 from scaling.analysis.law import fit_law
 from scaling.files import write_json
@@ -33,8 +33,6 @@ DELTAS = (1e-4, 1e-2, float("inf"))
 """Knees of the Huber loss that the headline is repeated with; infinity is least squares."""
 FACTORS = ("n_total", "batch_size", "items_per_user", "users_seen")
 """Factors of the joint law; those that a sweep does not vary are left out, with the reason."""
-SYSTEM = "clue/u-mlp"
-"""Downstream system whose loss is set against the pretraining loss."""
 
 
 def study(
@@ -148,8 +146,8 @@ def _conclusion(
 ) -> dict[str, Any]:
     """Whether the exponent may be stated, by the rule in ``rule``."""
     rule = (
-        "status CONVERGED, 95 % interval above zero, and the exponent of every alternative without "
-        "floor inside the headline's interval or its interval overlapping it"
+        "status CONVERGED, 95 % interval above zero, and overlapping the 95 % interval of every "
+        "alternative without floor"
     )
     if headline is None or headline.draws.empty:
         return {"holds": False, "rule": rule, "against": ["the headline could not be fitted"]}
@@ -195,14 +193,8 @@ def _joint(runs: pd.DataFrame, n_boot: int, seed: int, delta: float) -> dict[str
 
 def _transfer(tables: Tables) -> dict[str, Any]:
     """Per task: correlation of downstream and pretraining loss over runs."""
-    out: dict[str, Any] = {}
-    for task, points in downstream_points(tables.transfer, tables.runs, "loss", SYSTEM).items():
-        vary = len(points) > 2 and points["pretraining"].nunique() > 1
-        pair = points["pretraining"], points["downstream"]
-        out[task] = {
-            "system": SYSTEM,
-            "n": len(points),
-            "pearson": float(pearsonr(*pair).statistic) if vary else None,
-            "spearman": float(spearmanr(*pair).statistic) if vary else None,
-        }
-    return out
+    points = downstream_points(tables.transfer, tables.runs)
+    return {
+        task: {"system": SYSTEM, "n": len(some), **correlations(some)}
+        for task, some in points.items()
+    }

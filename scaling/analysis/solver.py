@@ -25,9 +25,8 @@ Array = npt.NDArray[np.float64]
 
 GRADIENT_TOLERANCE = 1e-7
 """An optimum is certified when the relative gradient (see ``Minima.gradient``) is below this."""
-RESIDUAL_ROUNDING = 1e-10
+RESIDUAL_ROUNDING = 1e-8
 """Log residuals below this are rounding; they do not count against the certificate."""
-MAX_ITERATIONS = 300
 EXPONENT_BOUNDS = (1e-4, 10.0)
 TERM_DEPTH = float(np.log(1e6))
 """At the centre of the data no term may fall below a millionth of the smallest y."""
@@ -161,6 +160,7 @@ def minimise(
     starts: Array,
     weights: Array | None = None,
     tolerance: float = 1e-3 * GRADIENT_TOLERANCE,
+    max_iterations: int = 300,
 ) -> Minima:
     """Minimise from each row of ``starts [S, P]``, under ``weights [S, rows]`` if given.
 
@@ -175,6 +175,7 @@ def minimise(
             starts[i : i + size],
             None if weights is None else weights[i : i + size],
             tolerance,
+            max_iterations,
         )
         for i in range(0, len(starts), size)
     ]
@@ -187,7 +188,13 @@ def minimise(
     )
 
 
-def _minimise(problem: Problem, starts: Array, weights: Array | None, tolerance: float) -> Minima:
+def _minimise(
+    problem: Problem,
+    starts: Array,
+    weights: Array | None,
+    tolerance: float,
+    max_iterations: int,
+) -> Minima:
     lower, upper = problem.bounds
     theta = np.clip(starts, lower, upper)
     n, p = theta.shape
@@ -196,7 +203,7 @@ def _minimise(problem: Problem, starts: Array, weights: Array | None, tolerance:
     damping = np.full(n, 1e-2)
     todo = np.arange(n)
     eye = np.eye(p)
-    for _ in range(MAX_ITERATIONS):
+    for _ in range(max_iterations):
         w = None if weights is None else weights[todo]
         value, gradient, bound, gauss, exact = problem.derivatives(theta[todo], w)
         now = theta[todo]
