@@ -1,0 +1,299 @@
+"""What runs on the nodes: the one function that submitit starts, once per rank.
+
+Claim the attempt, set up the rank's environment, train, and leave a record of the end. Training is
+named by a string and imported last, so that a superseded job ends before torch is loaded.
+"""
+
+import ctypes
+import errno
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from submitit import JobEnvironment
+from submitit.helpers import TorchDistributedEnvironment
+
+from scaling.config import TrainSettings
+from scaling.rundir import Attempt, RunDir, Superseded
+from scaling.slurm.scheduler import command, is_alive, process_identity
+
+TRAIN = "scaling.train.loop:train"
+"""What a job runs, by name: nothing here imports torch."""
+CORPUS = "scaling.data.corpus:Corpus"
+EXIT_SUPERSEDED = 93
+"""Exit status of a job that must not run: another attempt owns the run, or it is over."""
+POLL_S = 10.0
+"""Between looks at a predecessor that may still be alive. [seconds]"""
+CLAIM_WAIT_S = 300.0
+"""Longest wait of a local rank for rank 0's claim; under Slurm srun ends the ranks. [seconds]"""
+ROOT_CAUSE_S = 5.0
+"""A rank whose connection broke leaves the rank that broke it this time to say why. [seconds]"""
+_PR_SET_PDEATHSIG = 1
+
+
+class StopFlag:
+    """Set by SIGUSR2 (wall time ends) and SIGTERM (preemption, cancel); polled by training.
+
+    The handler does nothing else: a checkpoint begun inside one could interrupt itself.
+    """
+
+    def __init__(self) -> None:
+        self.signal = ""
+        for number in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, self._set)
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+
+    def __call__(self) -> bool:
+        return bool(self.signal)
+
+
+def run_job(root: str, run_key: str, number: int) -> NoReturn:
+    """Run one rank of one attempt.
+
+    It leaves by ``SystemExit``, which submitit passes on without pickling a result: 0 when the run
+    is over or goes on in a later slice, 93 when superseded, 1 on an error.
+    """
+    stop = StopFlag()
+    environment = JobEnvironment()
+    rank = int(environment.global_rank)
+    local = environment.name() == "local"
+    if local:
+        _die_with_controller(int(environment.job_id))
+    run = RunDir(Path(root), run_key)
+    job = {
+        "executor": environment.name(),
+        "job_id": str(environment.job_id),
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "nodes": list(environment.hostnames),
+    }
+    if local:
+        job |= process_identity(int(environment.job_id))
+    reason = claim(run, number, job) if rank == 0 else await_claim(run, number, job)
+    if reason:
+        print(f"superseded: {reason}", file=sys.stderr)
+        if rank == 0 and _newest(run).number != number:
+            _record_end(run, number, job, "superseded", reason)
+        _leave(EXIT_SUPERSEDED, local, environment.num_tasks)
+    attempt = next(a for a in run.attempts() if a.number == number)
+    set_environment(environment, attempt.intent)
+    try:
+        result = _train(run, attempt, job, stop)
+    except Superseded as e:
+        print(f"superseded: {e}", file=sys.stderr)
+        _leave(EXIT_SUPERSEDED, local, environment.num_tasks)
+    except Exception as e:
+        traceback.print_exc()
+        cause = classify(e)
+        if cause == "comm":
+            time.sleep(ROOT_CAUSE_S)
+        # A connection that broke while the job was being stopped is no failure.
+        if not (cause == "comm" and stop()):
+            _record_end(run, number, job, cause, f"rank {rank}: {type(e).__name__}: {e}"[:500])
+        _leave(1, local, environment.num_tasks)
+    if rank == 0:
+        if result is not None:
+            _record_end(run, number, job, str(result["status"]), "")
+        else:
+            _stopped(run, number, job, stop.signal)
+    raise SystemExit(0)
+
+
+# claiming
+
+
+def claim(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
+    """Make this job the owner of the attempt, unless it must not run.
+
+    At most one job passes for a run at any time: whoever creates an attempt later than this look
+    at the newest one finds our claim and waits for us; whoever created it earlier is seen here.
+
+    Returns:
+        None if the job may train, otherwise why not.
+    """
+    while True:
+        if reason := _must_not_run(run, number, job):
+            return reason
+        older = [a for a in run.attempts() if a.number < number and a.claim and not a.end]
+        if not any(is_alive(a) is not False for a in older):
+            break
+        print("waiting for the job of an older attempt to end", file=sys.stderr, flush=True)
+        time.sleep(POLL_S)
+    run.record(number, "claim", {**job, "host": socket.gethostname(), "time": time.time()})
+    return _must_not_run(run, number, job)
+
+
+def await_claim(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
+    """As ``claim`` on the other ranks, which leave the decision to rank 0."""
+    end = time.monotonic() + CLAIM_WAIT_S
+    while job["executor"] != "local" or time.monotonic() < end:
+        if reason := _must_not_run(run, number, job):
+            return reason
+        if any(a.number == number and a.claim for a in run.attempts()):
+            return None
+        time.sleep(0.2)
+    return f"rank 0 did not claim within {CLAIM_WAIT_S:.0f} s"
+
+
+def _newest(run: RunDir) -> Attempt:
+    return run.attempts()[-1]
+
+
+def _must_not_run(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
+    if run.result() is not None:
+        return "the run is over"
+    newest = _newest(run)
+    if newest.number != number:
+        return f"attempt {newest.number} is newer than attempt {number}"
+    if newest.cancel is not None:
+        return f"attempt {number} was cancelled"
+    if newest.end is not None:
+        return f"attempt {number} has ended: {newest.end['class']}"
+    mine = ("job_id", "boot", "started") if job["executor"] == "local" else ("job_id",)
+    if newest.claim is not None and any(newest.claim.get(k) != job.get(k) for k in mine):
+        return f"attempt {number} belongs to job {newest.claim['job_id']}"
+    return None
+
+
+# environment and training
+
+
+def set_environment(environment: JobEnvironment, intent: dict[str, Any]) -> None:
+    """Tell torch.distributed who this rank is, and the BLAS and OpenMP how many CPUs it has.
+
+    submitit would show each rank only its own GPU, while DeepSpeed asks for the GPU of number
+    LOCAL_RANK: so all GPUs of the job stay visible.
+    """
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                 "MASTER_PORT"):  # fmt: skip
+        os.environ.pop(name, None)  # of the shell that submitted
+    if environment.num_tasks > 1:
+        TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        os.environ["MASTER_ADDR"] = _master_address(environment)
+    threads = int(intent["train"]["threads"]) or int(intent["shape"]["cpus_per_task"])
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def _master_address(environment: JobEnvironment) -> str:
+    """Where rank 0 listens: the first node's name, or the address srun was started at (the same
+    node) where node names do not resolve."""
+    if environment.num_nodes == 1:
+        return "127.0.0.1"
+    name = str(environment.hostnames[0])
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", name)
+    return name
+
+
+def _named(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _train(
+    run: RunDir, attempt: Attempt, job: dict[str, Any], stop: StopFlag
+) -> dict[str, Any] | None:
+    corpus = _named(CORPUS).find(run.root, run.spec().data.corpus_digest)
+    settings = TrainSettings.parse(attempt.intent["train"], f"attempt {attempt.number}")
+    if not settings.threads:
+        settings = settings.model_copy(update={"threads": int(os.environ["OMP_NUM_THREADS"])})
+    result: dict[str, Any] | None = _named(TRAIN)(
+        run, corpus, settings, attempt=attempt.number, job=job, should_stop=stop
+    )
+    return result
+
+
+# ending
+
+
+def classify(error: BaseException) -> str:
+    """Class of a failure, from the exception and what caused it (see ``FRUITLESS_LIMIT``)."""
+    chain: BaseException | None = error
+    while chain is not None:
+        names = {c.__name__ for c in type(chain).__mro__}
+        text = str(chain)
+        if "OutOfMemoryError" in names:
+            return "gpu_oom"
+        if isinstance(chain, MemoryError) or "DefaultCPUAllocator" in text:
+            return "host_oom"
+        if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
+            return "disk_full"
+        if names & {"DistBackendError", "DistNetworkError", "DistStoreError"} or (
+            isinstance(chain, RuntimeError)
+            and any(w in text for w in ("gloo", "NCCL", "Connection closed by peer", "EADDRINUSE"))
+        ):
+            return "comm"
+        chain = chain.__cause__ or chain.__context__
+    return "error"
+
+
+def _record_end(run: RunDir, number: int, job: dict[str, Any], cause: str, evidence: str) -> None:
+    """Say how the attempt ended, unless a later start of it (a requeue) is writing by now."""
+    generation = max(run.generations(), default=0)
+    if generation:
+        with open(run.metrics_path(generation), "rb") as f:
+            start = json.loads(f.readline())
+        if start.get("attempt") == number and (start.get("job") or {})["restart"] > job["restart"]:
+            return
+    progress = run.progress()
+    run.record(
+        number,
+        "end",
+        {
+            "class": cause,
+            "evidence": evidence,
+            "step": int(progress["step"]) if progress else 0,
+            "generation": generation,
+            "host": socket.gethostname(),
+            "time": time.time(),
+        },
+    )
+
+
+def _stopped(run: RunDir, number: int, job: dict[str, Any], by: str) -> None:
+    """Training stopped on a signal, its checkpoint is committed: have it go on later.
+
+    Slurm requeues a preempted job by itself, and one that a person cancels must not come back:
+    only a job that Slurm still calls RUNNING asks for it.
+    """
+    if _newest(run).cancel is not None:
+        _record_end(run, number, job, "cancelled", by)
+        return
+    if job["executor"] == "local":
+        _record_end(run, number, job, "stopped", by)
+        return
+    ok, output = command("squeue", "--noheader", f"--jobs={job['job_id']}", "--format=%T")
+    if ok and output.strip() == "RUNNING":
+        ok, output = command("scontrol", "requeue", job["job_id"])
+    if not ok:
+        _record_end(run, number, job, "stopped", f"{by}; not requeued: {output}")
+
+
+def _leave(status: int, local: bool, ranks: int) -> NoReturn:
+    """End this rank and with it, where srun does not see to it, the others of a failed run."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if local and ranks > 1:
+        os.kill(os.getppid(), signal.SIGKILL)
+    raise SystemExit(status)
+
+
+def _die_with_controller(controller: int) -> None:
+    """Have the kernel end this rank when submitit's controlling process dies.
+
+    The controller is what identifies a local job; ranks that outlived it would write unseen.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != controller:
+        raise SystemExit(EXIT_SUPERSEDED)

@@ -1,0 +1,167 @@
+"""Cluster profiles: where runs execute, as ``slurm/*.toml`` say.
+
+Every value that reaches ``sbatch``, a shell or a path is whitelisted here, once: what passes can be
+quoted or not and means the same. The exception is ``setup``, which *is* shell code.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from scaling.config import ConfigError, Count, Frozen, Name, RunConfig, TrainSettings, read_toml
+
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+"""A Slurm name: partition, account, quality of service."""
+NodeList = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,\[\]-]{0,999}$")]
+"""Slurm's host list, ``gpu[01-04],gpu09``."""
+Features = Annotated[str, Field(pattern=r"^[A-Za-z0-9(\[][A-Za-z0-9_.:&|*()\[\]-]{0,255}$")]
+"""Slurm's feature expression, ``v100&nvlink``."""
+ShellLine = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,2000}$")]
+SAFE_PATH = re.compile(r"/[A-Za-z0-9_./+@=,-]*")
+"""Absolute paths that mean the same to a shell, to Slurm (``%j``) and to submitit."""
+
+
+class Shape(Frozen):
+    """What one job of one run asks for. One array holds runs of one shape."""
+
+    nodes: Annotated[int, Field(ge=1, le=512)] = 1
+    tasks_per_node: Annotated[int, Field(ge=1, le=256)] = 1
+    """Ranks on each node; on GPUs as many as ``gpus_per_node``."""
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] = 0
+    cpus_per_task: Annotated[int, Field(ge=1, le=512)] = 1
+    mem_gb: Annotated[float, Field(gt=0, le=100_000)] | None = None
+    """Memory of each node; None: the cluster's default. [GB]"""
+    time_min: Annotated[int, Field(ge=1, le=60 * 24 * 60)] = 24 * 60
+    """Wall time of one slice; a run continues in the next one. [minutes]"""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of a run."""
+        return self.nodes * self.tasks_per_node
+
+
+class ShapeRule(Frozen):
+    """Another shape for larger runs: holds from these sizes on."""
+
+    batch_size_from: Annotated[int, Field(ge=0)] = 0
+    """The rule holds for runs of at least this batch size. [users]"""
+    d_model_from: Annotated[int, Field(ge=0)] = 0
+    """The rule holds for runs of at least this width."""
+    nodes: Annotated[int, Field(ge=1, le=512)] | None = None
+    tasks_per_node: Annotated[int, Field(ge=1, le=256)] | None = None
+    gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = None
+    cpus_per_task: Annotated[int, Field(ge=1, le=512)] | None = None
+    mem_gb: Annotated[float, Field(gt=0, le=100_000)] | None = None
+    time_min: Annotated[int, Field(ge=1, le=60 * 24 * 60)] | None = None
+
+
+class ClusterProfile(Frozen):
+    """One way of executing runs."""
+
+    name: Name
+    """For people; recorded with every attempt."""
+    executor: Literal["slurm", "local"] = "slurm"
+    """``slurm``: job arrays; ``local``: processes on this host."""
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Features | None = None
+    exclude: NodeList | None = None
+    """Nodes not to be used."""
+    shape: Shape = Shape()
+    """What a run's job asks for."""
+    larger: tuple[ShapeRule, ...] = ()
+    """Other shapes for larger runs; the last rule that holds overrides ``shape``."""
+    max_parallel: Count = 64
+    """Runs that execute at once, per submission."""
+    array_size: Annotated[int, Field(ge=1)] | None = None
+    """Most runs in one array; None: what the cluster's MaxArraySize allows."""
+    signal_lead_s: Annotated[int, Field(ge=30, le=3600)] = 300
+    """SIGUSR2 comes this long before the wall time ends, so that a checkpoint is written: at least
+    a step plus twice a checkpoint plus the minute by which Slurm may be early. [seconds]"""
+    quarantine_s: Annotated[int, Field(ge=0)] = 600
+    """A submission of which nothing is seen is repeated after this. [seconds]"""
+    settle_s: Annotated[int, Field(ge=0)] = 30
+    """An ended job's records may reach this host so much later (NFS caches). [seconds]"""
+    setup: tuple[ShellLine, ...] = ()
+    """Shell lines run before the ranks start (``module load ...``). This is code: it runs as
+    written."""
+    train: TrainSettings = TrainSettings()
+    """How a run is trained where that does not change its numbers."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a profile.
+
+        Raises:
+            ConfigError: the file is missing or wrong; the message names file, key and value.
+        """
+        return cls.parse(read_toml(path), str(path))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.executor == "local":
+            given = [
+                k
+                for k in ("partition", "account", "qos", "constraint", "exclude")
+                if getattr(self, k) is not None
+            ]
+            if given:
+                raise ValueError(f"executor = 'local' has no {', '.join(given)}")
+            if self.shape.nodes > 1 or any((r.nodes or 1) > 1 for r in self.larger):
+                raise ValueError("executor = 'local' runs on one node")
+            gpus = max(self.shape.gpus_per_node, *(r.gpus_per_node or 0 for r in self.larger), 0)
+            if gpus and self.max_parallel > 1:
+                raise ValueError(
+                    f"gpus_per_node = {gpus} with executor = 'local': runs at once would share the "
+                    "same GPUs; set max_parallel = 1"
+                )
+        for s in (self.shape, *(self._override(r) for r in self.larger)):
+            if self.executor == "slurm" and s.time_min * 60 <= self.signal_lead_s:
+                raise ValueError(
+                    f"time_min = {s.time_min} leaves nothing before the signal at "
+                    f"signal_lead_s = {self.signal_lead_s}"
+                )
+        return self
+
+    def _override(self, rule: ShapeRule) -> Shape:
+        changes = rule.model_dump(exclude={"batch_size_from", "d_model_from"}, exclude_none=True)
+        return self.shape.model_copy(update=changes)
+
+    def shape_of(self, config: RunConfig) -> Shape:
+        """What the job of this run asks for.
+
+        Raises:
+            ConfigError: its ranks do not divide the run's batch.
+        """
+        shape = self.shape
+        for rule in self.larger:
+            if (
+                config.batch_size >= rule.batch_size_from
+                and config.model.d_model >= rule.d_model_from
+            ):
+                shape = self._override(rule)
+        if config.batch_size % shape.world_size:
+            raise ConfigError(
+                f"run {config.run_key}: batch_size = {config.batch_size} is not divisible by the "
+                f"{shape.world_size} ranks of profile {self.name!r} ({shape.nodes} nodes x "
+                f"{shape.tasks_per_node} tasks)"
+            )
+        return shape
+
+
+def safe_root(root: Path) -> Path:
+    """The root folder as an absolute path that nothing on the way to a node reinterprets.
+
+    Raises:
+        ConfigError: the path holds other characters than letters, digits and ``_./+@=,-``.
+    """
+    path = Path(root).absolute()
+    if not SAFE_PATH.fullmatch(str(path)):
+        raise ConfigError(
+            f"{str(path)!r}: the root folder's path reaches job scripts, where only letters, "
+            "digits and _ . / + @ = , - are safe; choose another --root"
+        )
+    return path

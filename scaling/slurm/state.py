@@ -1,0 +1,279 @@
+"""From facts on disk and one look at the scheduler to a run's state: pure, no I/O, no clock.
+
+Facts beat Slurm, Slurm beats nothing, and an unknown state changes nothing: where the scheduler
+does not answer or says a word we do not know, the verdict keeps what the records say, is marked
+``stale``, and nothing is submitted.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from scaling.rundir import Attempt
+
+
+class State(StrEnum):
+    """State of a run (a job's state is Slurm's word)."""
+
+    PLANNED = "PLANNED"
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    DONE = "DONE"
+    DIVERGED = "DIVERGED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    LOST = "LOST"
+
+
+class Phase(StrEnum):
+    """What a Slurm word means for us."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True)
+class Word:
+    """Meaning of one of Slurm's job states."""
+
+    phase: Phase
+    cause: str = ""
+    """Why the attempt ended, where the job itself left no record of it."""
+    held: bool = False
+
+
+WORDS: Mapping[str, Word] = {
+    "PENDING": Word(Phase.WAITING),
+    "REQUEUED": Word(Phase.WAITING),
+    "REQUEUE_FED": Word(Phase.WAITING),
+    "REQUEUE_HOLD": Word(Phase.WAITING, held=True),
+    "SPECIAL_EXIT": Word(Phase.WAITING, held=True),
+    "RESV_DEL_HOLD": Word(Phase.WAITING, held=True),
+    "CONFIGURING": Word(Phase.RUNNING),
+    "RUNNING": Word(Phase.RUNNING),
+    "COMPLETING": Word(Phase.RUNNING),
+    "RESIZING": Word(Phase.RUNNING),
+    "SIGNALING": Word(Phase.RUNNING),
+    "STAGE_OUT": Word(Phase.RUNNING),
+    "STOPPED": Word(Phase.RUNNING),
+    "SUSPENDED": Word(Phase.RUNNING),
+    "COMPLETED": Word(Phase.ENDED, "no_result"),
+    "FAILED": Word(Phase.ENDED, "crashed"),
+    "TIMEOUT": Word(Phase.ENDED, "timeout"),
+    "DEADLINE": Word(Phase.ENDED, "timeout"),
+    "PREEMPTED": Word(Phase.ENDED, "preempted"),
+    "NODE_FAIL": Word(Phase.ENDED, "node_fail"),
+    "BOOT_FAIL": Word(Phase.ENDED, "node_fail"),
+    "LAUNCH_FAILED": Word(Phase.ENDED, "node_fail"),
+    "RECONFIG_FAIL": Word(Phase.ENDED, "node_fail"),
+    "REVOKED": Word(Phase.ENDED, "lost"),
+    "OUT_OF_MEMORY": Word(Phase.ENDED, "host_oom"),
+    "CANCELLED": Word(Phase.ENDED, "cancelled"),
+}
+"""Slurm's job states (job_state_string and the flags of slurm.h, 20.11 to 24.05)."""
+
+FRUITLESS_LIMIT: Mapping[str, int] = {
+    "stopped": 3,
+    "preempted": 3,
+    "timeout": 3,
+    "node_fail": 3,
+    "killed": 3,
+    "comm": 3,
+    "crashed": 2,
+    "host_oom": 2,
+    "lost": 2,
+    "no_result": 2,
+    "launch": 2,
+    "superseded": 3,
+}
+"""Per cause: attempts in a row without a newly committed step after which no more are made.
+A cause that is not listed (``error``, ``gpu_oom``, ``disk_full``) is never retried by
+itself. With progress there is no limit: a run of many wall-time slices goes on to its end."""
+
+NEVER_ACCEPTED = ("limit", "rejected", "unreachable")
+"""Causes with which Slurm refused a submission: the run is as if nobody had tried."""
+
+LOCAL_QUARANTINE_S = 60.0
+"""As ``Rules.quarantine_s`` for processes on this host, which start at once. [seconds]"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the scheduler says of one job (one element of an array)."""
+
+    job_id: str
+    word: str
+    """Slurm's state, as it says it."""
+    reason: str = ""
+    ended: float | None = None
+    """When it ended. [unix seconds]"""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One look at the scheduler, for attempts by (token, index)."""
+
+    jobs: Mapping[tuple[str, int], Job] = field(default_factory=dict)
+    answered: bool = True
+    """Slurm's controller answered, and so did its accounting where it was needed."""
+    note: str = ""
+    """Why it did not."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run's folder says."""
+
+    run_key: str
+    status: str | None = None
+    """``done`` or ``diverged`` once ``result.json`` says so."""
+    committed: int = 0
+    """Step of the newest committed checkpoint."""
+    attempts: tuple[Attempt, ...] = ()
+    damage: str = ""
+    """What is wrong with the records, where they cannot be read."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Waiting times of a profile. [seconds]"""
+
+    quarantine_s: float = 600.0
+    settle_s: float = 30.0
+
+
+DEFAULT_RULES = Rules()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A run's state, why, and whether a new attempt may be made."""
+
+    state: State
+    attempt: int = 0
+    """Number of the newest attempt; 0: none yet."""
+    job_id: str | None = None
+    job_state: str | None = None
+    """Slurm's word."""
+    cause: str | None = None
+    evidence: str = ""
+    held: bool = False
+    stale: str = ""
+    """Why the state is only the last one known; empty if it is known."""
+    start: bool = False
+    """A new attempt may be made now."""
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will happen by itself."""
+        return not self.start and self.state not in (State.PLANNED, State.QUEUED, State.RUNNING)
+
+
+def fruitless(facts: Facts) -> int:
+    """Newest attempts in a row after whose start no step was committed."""
+    count = 0
+    for attempt in reversed(facts.attempts):
+        if attempt.end is not None and attempt.end["class"] in NEVER_ACCEPTED:
+            continue
+        if int(attempt.intent["step"]) < facts.committed:
+            break
+        count += 1
+    return count
+
+
+def derive(facts: Facts, snapshot: Snapshot, now: float, rules: Rules = DEFAULT_RULES) -> Verdict:
+    """A run's state.
+
+    Args:
+        facts: read after the snapshot was taken, so that a job it shows as ended has left there
+            whatever it was going to leave.
+        now: when the snapshot was begun. [unix seconds]
+    """
+    number = facts.attempts[-1].number if facts.attempts else 0
+    if facts.damage:
+        return Verdict(State.FAILED, number, cause="damaged", evidence=facts.damage)
+    if not facts.attempts:
+        if facts.status:
+            return Verdict(State(facts.status.upper()))
+        return Verdict(State.PLANNED, start=True)
+    newest = facts.attempts[-1]
+    job = snapshot.jobs.get((newest.intent["token"], int(newest.intent["index"])))
+    known: dict[str, Any] = {
+        "attempt": number,
+        "job_id": _job_id(newest, job),
+        "job_state": job.word if job is not None else None,
+    }
+    if facts.status:
+        return Verdict(State(facts.status.upper()), **known)
+    if newest.cancel is not None:
+        return Verdict(State.CANCELLED, evidence=str(newest.cancel.get("by", "")), **known)
+    if newest.end is not None:
+        return _ended(facts, str(newest.end["class"]), str(newest.end.get("evidence", "")), known)
+    return _of_job(facts, newest, job, snapshot, now, rules, known)
+
+
+def _of_job(
+    facts: Facts,
+    newest: Attempt,
+    job: Job | None,
+    snapshot: Snapshot,
+    now: float,
+    rules: Rules,
+    known: dict[str, Any],
+) -> Verdict:
+    local = newest.intent["executor"] == "local"
+    last = State.RUNNING if newest.claim else State.QUEUED
+    if not local and not snapshot.answered:
+        return Verdict(last, stale=snapshot.note or "the scheduler does not answer", **known)
+    if job is not None:
+        word = WORDS.get(job.word.split()[0].rstrip("+") if job.word else "")
+        if word is None:
+            return Verdict(last, stale=f"unknown job state {job.word!r}", **known)
+        if word.phase is Phase.WAITING:
+            held = word.held or "held" in job.reason.lower()
+            return Verdict(State.QUEUED, evidence=job.reason, held=held, **known)
+        if word.phase is Phase.RUNNING:
+            return Verdict(State.RUNNING, **known)
+        if job.ended is not None and now - job.ended < rules.settle_s:
+            return Verdict(last, stale="ended; its records may still arrive", **known)
+        if word.cause == "cancelled":
+            return Verdict(State.CANCELLED, cause="cancelled", evidence=job.word, **known)
+        cause = "launch" if word.cause == "crashed" and not newest.claim else word.cause
+        return _ended(facts, cause, f"Slurm says {job.word}; the job left no record", known)
+    # Nobody knows a job of this attempt. That may be news not yet arrived, so it is believed only
+    # after a while, counted from what a login node wrote; the job's own protocol keeps a late one
+    # from writing (docs/decisions/0003).
+    seen = newest.submit is not None or newest.claim is not None
+    since = float((newest.submit or newest.intent)["time"])
+    if local:
+        grace = 0.0 if seen else LOCAL_QUARANTINE_S
+    else:
+        grace = rules.settle_s if seen else rules.quarantine_s
+    if now - since <= grace:
+        return Verdict(last, stale="submitted; not seen yet", **known)
+    if local and seen:
+        return _ended(facts, "killed", "its process is gone and left no end record", known)
+    return _ended(facts, "lost", "no job of this attempt is known to the scheduler", known)
+
+
+def _ended(facts: Facts, cause: str, evidence: str, known: dict[str, Any]) -> Verdict:
+    if cause in NEVER_ACCEPTED:
+        return Verdict(State.PLANNED, cause=cause, evidence=evidence, start=True, **known)
+    limit = FRUITLESS_LIMIT.get(cause, 0)
+    count = fruitless(facts)
+    start = count < limit
+    if limit and not start:
+        evidence += f" ({count} attempts without a new committed step)"
+    state = State.LOST if cause == "lost" else State.FAILED
+    return Verdict(state, cause=cause, evidence=evidence, start=start, **known)
+
+
+def _job_id(attempt: Attempt, job: Job | None) -> str | None:
+    if job is not None:
+        return job.job_id
+    for record in (attempt.claim, attempt.submit):
+        if record is not None:
+            return str(record["job_id"])
+    return None

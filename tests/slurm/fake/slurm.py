@@ -1,0 +1,139 @@
+"""A Slurm of one file: sbatch, squeue, sacct, scontrol, scancel and srun on a JSON state.
+
+``FAKE_SLURM`` names a folder: ``jobs.json`` holds the jobs, ``faults.json`` what a command does
+instead of its work. Jobs run when a test says so, never by themselves.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+HOME = Path(os.environ["FAKE_SLURM"])
+
+
+def load(name, default):
+    path = HOME / name
+    return json.loads(path.read_text()) if path.exists() else default
+
+
+def fail(message, status=1):
+    print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def sbatch(argv):
+    script = Path(argv[-1]).read_text()
+    (HOME / "sbatch.log").open("a").write(script + "\n---\n")
+    fault = load("faults.json", {}).get("sbatch")
+    if fault == "timeout":
+        fail("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
+    if fault == "rejected":
+        fail("sbatch: error: Batch job submission failed: Invalid partition name specified")
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(.*)$", script, re.MULTILINE))
+    size = re.match(r"0-(\d+)", options.get("array", ""))
+    limit = load("faults.json", {}).get("max_submit")
+    if limit is not None and size and int(size.group(1)) + 1 > limit:
+        fail(
+            "sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Batch job submission failed: "
+            "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+        )
+    jobs = load("jobs.json", [])
+    main = max((j["main"] for j in jobs), default=100) + 1
+    for index in range(int(size.group(1)) + 1) if size else [None]:
+        jobs.append(
+            {
+                "main": main,
+                "index": index,
+                "name": options["job-name"],
+                "state": "PENDING",
+                "reason": "Priority",
+                "script": script,
+                "end": None,
+            }
+        )
+    (HOME / "jobs.json").write_text(json.dumps(jobs))
+    if fault == "timeout_accepted":
+        fail("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
+    print(f"Submitted batch job {main}")
+
+
+def broken(name):
+    fault = load("faults.json", {}).get(name)
+    if fault == "down":
+        fail(f"{name}: error: Unable to contact slurm controller (connect failure)")
+    if fault == "garbage":
+        print("\x00\x01 something | else")
+        sys.exit(0)
+    if fault == "truncated":
+        sys.stdout.write("10")
+        sys.exit(0)
+    if fault == "hang":
+        time.sleep(60)
+    if fault == "off":
+        fail("Slurm accounting storage is disabled")
+
+
+def selected(argv):
+    names = next((a[7:].split(",") for a in argv if a.startswith("--name=")), None)
+    jobs = [a[7:] for a in argv if a.startswith("--jobs=")]
+    for j in load("jobs.json", []):
+        job_id = str(j["main"]) if j["index"] is None else f"{j['main']}_{j['index']}"
+        if (names is None or j["name"] in names) and (not jobs or job_id in jobs):
+            yield job_id, j
+
+
+def squeue(argv):
+    broken("squeue")
+    for _, j in selected(argv):
+        if j.get("purged"):
+            continue
+        if "--format=%T" in argv:
+            print(j["state"])
+        else:
+            end = j["end"] or "N/A"
+            index = "N/A" if j["index"] is None else j["index"]
+            print(f"{j['main']}|{index}|{j['state']}|{end}|{j['reason']}|{j['name']}")
+
+
+def sacct(argv):
+    broken("sacct")
+    for job_id, j in selected(argv):
+        if not j.get("unaccounted"):
+            print(f"{job_id}|{j['state']}|{j['end'] or 'Unknown'}|{j['name']}")
+
+
+def scontrol(argv):
+    broken("scontrol")
+    if argv[:2] == ["show", "config"]:
+        print(
+            "Configuration data as of now\nJobRequeue              = 1\nMaxArraySize            = "
+            f"{load('faults.json', {}).get('max_array_size', 1001)}\nPreemptMode             = OFF"
+        )
+    if argv[0] == "requeue":
+        update(argv[1:], "PENDING")
+
+
+def scancel(argv):
+    broken("scancel")
+    update([a for a in argv if not a.startswith("-")], "CANCELLED by 0")
+
+
+def update(ids, state):
+    jobs = load("jobs.json", [])
+    for j in jobs:
+        if f"{j['main']}_{j['index']}" in ids or str(j["main"]) in ids:
+            j["state"] = state
+    (HOME / "jobs.json").write_text(json.dumps(jobs))
+
+
+def srun(argv):
+    while argv[0].startswith("-"):
+        argv = argv[2:] if argv[0] in ("--output", "--error") else argv[1:]
+    os.execvp(argv[0], argv)
+
+
+if __name__ == "__main__":
+    globals()[Path(sys.argv[1]).name](sys.argv[2:])

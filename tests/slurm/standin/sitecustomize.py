@@ -1,0 +1,24 @@
+"""Put a small stand-in for training under its real name into the processes that jobs start.
+
+Python imports ``sitecustomize`` from PYTHONPATH at start-up. Jobs name what they run by fixed
+strings, so that replacing the modules behind these is all that a test of submission needs.
+"""
+
+import importlib.abc
+import importlib.util
+import sys
+from pathlib import Path
+
+STANDINS = {"scaling.train.loop": "loop.py", "scaling.data.corpus": "corpus.py"}
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname in STANDINS:
+            return importlib.util.spec_from_file_location(
+                fullname, Path(__file__).parent / STANDINS[fullname]
+            )
+        return None
+
+
+sys.meta_path.insert(0, _Finder())
