@@ -60,7 +60,7 @@ def build(
         begin("logs")
         clean = clean_logs(db, file, corpus_file.parent, str(corpus_file))
         begin("users")
-        columns = {"key": np.uint64, "draw": np.uint64}
+        columns: dict[str, Any] = {"key": np.uint64, "draw": np.uint64}
         columns |= {f"n{i}": np.int64 for i in range(len(file.services))}
         keys, draws, *n = db.fetch(clean.users, columns, ("key",))
         counts = np.stack(n, axis=1)
@@ -114,10 +114,11 @@ def split_users(
         CorpusError: too few users have logs in every service of pretraining.
     """
     drawn = np.argsort(draws, kind="stable")
-    eligible = drawn[(counts >= rules.eligible_logs).all(axis=1)[drawn]]
+    fewest = counts.min(axis=1)
+    eligible = drawn[(fewest >= rules.eligible_logs)[drawn]]
     n_downstream = round(rules.downstream * len(eligible))
     downstream = eligible[len(eligible) - n_downstream :]
-    able = (counts >= rules.min_logs).all(axis=1)
+    able = fewest >= rules.min_logs
     if not able.any():
         raise CorpusError(
             f"{where}: no user has {rules.min_logs} or more logs in each of the services "
@@ -241,7 +242,7 @@ def _write_task(
         "position": np.int64,
     }
     logs = logs.mutate(time=logs.time.fill_null(0))
-    key, *rest = db.fetch(logs, columns, order)
+    key, service_of, item, time, position = db.fetch(logs, columns, order)
     task_keys, user = np.unique(key, return_inverse=True)
     if not len(task_keys):
         raise CorpusError(
@@ -254,7 +255,7 @@ def _write_task(
     arrays = build_task(
         name,
         config,
-        TaskLogs(user, *rest, timed),
+        TaskLogs(user, service_of, item, time, position, timed),
         task_keys,
         service,
         services,

@@ -55,9 +55,7 @@ def clean_logs(db: Scratch, file: CorpusFile, base: Path, where: str) -> CleanLo
         return made
 
     raw = db.create("raw", read_logs(db.con, file.source, base))
-    malformed = raw.problem.notnull() | (
-        raw.user.isnull() | raw.service.isnull() | (raw.item.isnull() & raw.text.isnull())
-    )
+    malformed = raw.problem.notnull() | raw.user.isnull() | raw.service.isnull()
     total = int(db.value(raw.count()))
     bad = int(db.value(raw.filter(malformed).count()))
     steps.append({"step": "read", "logs": total, "malformed": bad})
@@ -118,9 +116,7 @@ def _malformed(
     db: Scratch, rows: Any, bad: int, total: int, share: float, where: str
 ) -> CorpusError:
     shown = db.value(
-        rows.select(
-            problem=rows.problem.coalesce(ibis.literal("a log without user, service or item"))
-        )
+        rows.select(problem=rows.problem.coalesce(ibis.literal("a log without user or service")))
         .distinct()
         .order_by("problem")
         .limit(3)

@@ -42,7 +42,8 @@ def permute(index: Any, n: Any, key: Any) -> NDArray[np.int64]:
     while len(walking):
         out[walking] = _rounds(out[walking], a[walking], b[walking], key[walking])
         walking = walking[out[walking] >= n[walking]]
-    return out.reshape(index.shape).astype(np.int64)
+    images: NDArray[np.int64] = out.reshape(index.shape).astype(np.int64)
+    return images
 
 
 def _rounds(x: Any, a: Any, b: Any, key: Any) -> Any:

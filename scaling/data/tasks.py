@@ -263,10 +263,11 @@ class Task:
         row = np.arange(self.n_users, dtype=np.int64)
         drawn = (self.negatives.reshape(self.n_users, -1) + row[:, None] * width).ravel()
         offsets, items = self.history(self.service)
+        lengths: Ints = offsets[1:].astype(np.int64) - offsets[:-1].astype(np.int64)
         known = np.concatenate(
             [
                 (self.targets + row[:, None] * width).ravel(),
-                items + np.repeat(row, np.diff(offsets.astype(np.int64))) * width,
+                items + np.repeat(row, lengths) * width,
             ]
         )
         if np.isin(drawn, known).any():
