@@ -1,0 +1,12 @@
+"""The command line: every verb names first what it works on.
+
+A verb reads its arguments, calls one or two functions of the package and prints what they return.
+Whatever is heavy is imported inside the verb, so that ``--help`` and ``status`` start at once; no
+module here imports torch. An error meant for people (``ClueError``) is one paragraph on stderr and
+exit status 2; Ctrl-C is exit status 130.
+"""
+
+from scaling.cli import corpora, runs, studies, sweeps  # noqa: F401  (they register their verbs)
+from scaling.cli.app import app, main
+
+__all__ = ["app", "main"]

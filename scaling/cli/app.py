@@ -1,0 +1,124 @@
+"""The application, the options that verbs share, and the runs of a sweep as verbs see them."""
+
+import errno
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from scaling import ClueError, __version__
+
+if TYPE_CHECKING:
+    from scaling.config import CorpusCard
+    from scaling.rundir import RunDir
+    from scaling.sweeps import Grid, PlannedRun
+
+PLAIN_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR)
+"""Errors of the operating system that need no traceback: a full disk, a missing permission."""
+
+
+VERBS = (
+    "prepare", "plan", "submit", "sync", "status", "cancel", "logs", "train", "transfer", "collect",
+    "fit", "figures", "doctor", "corpus", "demo",
+)  # fmt: skip
+"""In the order of the work."""
+
+
+class Verbs(TyperGroup):
+    """Turns errors meant for people into one paragraph on stderr."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names of the verbs, in the order of the work."""
+        return sorted(super().list_commands(ctx), key=(*VERBS, "info", "verify").index)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb; exit status 2 after an error, 130 after Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except ClueError as e:
+            typer.echo(f"error: {e}", err=True)
+            raise typer.Exit(2) from None
+        except OSError as e:
+            if e.errno not in PLAIN_FAULTS:
+                raise
+            typer.echo(f"error: {e.filename or 'writing'}: {e.strerror}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Verbs,
+    help="Scaling-law studies of CLUE, from behaviour logs to fitted figures.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+Root = Annotated[Path, typer.Option("--root", envvar="CLUE_ROOT", help="Root of all state.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+SweepFile = Annotated[Path, typer.Argument(help="Sweep file (TOML).")]
+RunKey = Annotated[str, typer.Argument(help="Run key, or its first letters.")]
+Cluster = Annotated[Path, typer.Option("--cluster", help="Cluster profile (TOML).")]
+Results = Annotated[Path, typer.Option("--results", help="Folder of all result tables.")]
+WORK = Path("work")
+RESULTS = Path("results")
+
+
+def main() -> None:
+    """Entry point of ``clue-scaling``."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"clue-scaling {__version__}")
+        raise typer.Exit
+
+
+def planned_runs(
+    sweep: Path, root: Path, nominal: bool = False
+) -> "tuple[Grid, CorpusCard, list[PlannedRun]]":
+    """A sweep on the corpus that its file names.
+
+    Raises:
+        ConfigError, CorpusError: the sweep or its corpus cannot be used.
+        SweepError: the corpus is nominal, and ``nominal`` does not allow it.
+    """
+    from scaling.data.prepare import read_card
+    from scaling.sweeps import Grid, sweep_id
+
+    grid = Grid.read(sweep)
+    card = read_card(grid.corpus, root)
+    runs = grid.runs(card)
+    if not nominal:
+        sweep_id(grid.name, runs)
+    return grid, card, runs
+
+
+def known_runs(planned: "Sequence[PlannedRun]", root: Path) -> "list[RunDir]":
+    """Folders of the planned runs that have one: of this sweep or of another."""
+    from scaling.rundir import RunDir
+
+    runs = [RunDir(root, p.config.run_key) for p in planned if p.config]
+    return [run for run in runs if (run.path / "spec.json").exists()]
+
+
+def submitted_runs(planned: "Sequence[PlannedRun]", root: Path, sweep: Path) -> "list[RunDir]":
+    """As ``known_runs``.
+
+    Raises:
+        ClueError: there is none.
+    """
+    if not (runs := known_runs(planned, root)):
+        raise ClueError(
+            f"{sweep}: none of its {len(planned)} runs was submitted below {root}; run: "
+            f"clue-scaling submit {sweep} --cluster CLUSTER.toml"
+        )
+    return runs

@@ -1,0 +1,161 @@
+"""Verbs on runs: what a job does, here and now."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from scaling.cli.app import WORK, Json, Root, app, planned_runs, submitted_runs
+from scaling.cli.terminal import print_json, print_table, progress
+
+RunKey = Annotated[str, typer.Argument(help="Run key, or its first letters.")]
+
+
+@app.command()
+def logs(
+    run: RunKey,
+    root: Root = WORK,
+    attempt: Annotated[int | None, typer.Option(help="Attempt; default: the newest.")] = None,
+    rank: Annotated[int, typer.Option(help="Rank.")] = 0,
+    lines: Annotated[int, typer.Option(help="Last lines of each file.")] = 50,
+) -> None:
+    """Print what a run's job printed.
+
+    \b
+    Example:
+        clue-scaling logs k3vq --lines 20
+    """
+    from scaling.rundir import RunDir
+    from scaling.slurm.logs import log_files, tail
+
+    for path in log_files(RunDir.find(root, run), attempt=attempt, rank=rank):
+        typer.echo(f"==> {path} <==")
+        typer.echo(tail(path, lines))
+
+
+@app.command()
+def train(
+    run: RunKey,
+    root: Root = WORK,
+    sweep: Annotated[
+        Path | None, typer.Option(help="Sweep that holds the run, if it was never submitted.")
+    ] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(help="Profile whose [train] settings hold.")
+    ] = None,
+) -> None:
+    """Train one run here and now, from its newest checkpoint.
+
+    One process is one rank; RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT join several.
+    Ctrl-C commits a checkpoint first.
+
+    \b
+    Example:
+        clue-scaling train k3vq --sweep sweeps/demo.toml
+    """
+    from scaling.config import TrainSettings
+    from scaling.data.corpus import Corpus
+    from scaling.rundir import RunDir
+    from scaling.slurm.profile import ClusterProfile
+    from scaling.train.loop import train as fit_encoder
+
+    if sweep is not None:
+        _, card, planned = planned_runs(sweep, root)
+        for p in planned:
+            if p.config and p.config.run_key.startswith(run):
+                RunDir.create(root, p.config, card.name)
+    chosen = RunDir.find(root, run)
+    settings = ClusterProfile.read(cluster).train if cluster else TrainSettings()
+    corpus = Corpus.find(root, chosen.spec().data.corpus_digest)
+    with progress(f"train {chosen.run_key}") as update, _stop_on_signal() as stop:
+        result = fit_encoder(chosen, corpus, settings, progress=update, should_stop=stop)
+    if result is None:
+        typer.echo(f"{chosen.run_key}: stopped after a checkpoint; train again to go on", err=True)
+        raise typer.Exit(130)
+    shown = ("status", "step", "loss", "loss_refit", "chance", "accuracy", "pf_days", "seconds")
+    print_table([{"run_key": chosen.run_key, **result}], ["run_key", *shown])
+
+
+@app.command()
+def transfer(
+    run: RunKey,
+    root: Root = WORK,
+    task: Annotated[list[str] | None, typer.Option(help="Task; default: all.")] = None,
+    folds: Annotated[int, typer.Option(help="Folds of the users: 2, 5 or 10.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the heads.")] = 0,
+    history: Annotated[str, typer.Option(help="target: the task's own log; or all.")] = "target",
+    as_json: Json = False,
+) -> None:
+    """Evaluate a run's frozen encoder on downstream tasks.
+
+    RUN may be a sweep file, for all of its runs that are done.
+
+    \b
+    Example:
+        clue-scaling transfer sweeps/demo.toml
+    """
+    from scaling.data.corpus import Corpus
+    from scaling.rundir import RunDir
+    from scaling.transfer.evaluate import evaluate
+
+    if run.endswith(".toml"):
+        _, _, planned = planned_runs(Path(run), root)
+        known = [(r, r.result()) for r in submitted_runs(planned, root, Path(run))]
+        chosen = [r for r, result in known if result and result["status"] == "done"]
+    else:
+        chosen = [RunDir.find(root, run)]
+    rows: list[dict[str, Any]] = []
+    with progress("transfer") as update:
+        for i, one in enumerate(chosen):
+            corpus = Corpus.find(root, one.spec().data.corpus_digest)
+            update(i, len(chosen), one.run_key)
+            rows += evaluate(
+                one,
+                corpus,
+                task or sorted(corpus.manifest["tasks"]),
+                folds=folds,
+                seed=seed,
+                history="all" if history == "all" else "target",
+            )
+    if as_json:
+        print_json(rows)
+        return
+    print_table(_fold_means(rows), ["run_key", "task", "system", *FOLD_MEANS])
+
+
+FOLD_MEANS = ("hr_1", "hr_10", "ndcg_10", "mrr", "loss", "loss_softmax")
+
+
+def _fold_means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["run_key"], row["task"], row["system"]), []).append(row)
+    means = []
+    for (run_key, task, system), folds in groups.items():
+        mean: dict[str, Any] = {"run_key": run_key, "task": task, "system": system}
+        for name in FOLD_MEANS:
+            values = [f[name] for f in folds if f[name] is not None]
+            mean[name] = sum(values) / len(values) if values else None
+        means.append(mean)
+    return means
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM came; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+
+    def note(number: int, _: Any) -> None:
+        stop.set()
+        signal.signal(number, before[number])
+
+    before = {int(n): signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

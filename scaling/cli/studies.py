@@ -1,0 +1,177 @@
+"""Verbs on whole studies: laws, figures, the state of a cluster, the demo."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from scaling import ClueError
+from scaling.cli.app import RESULTS, WORK, Json, Results, Root, SweepFile, app
+from scaling.cli.terminal import cell, print_json, print_table
+
+Table = Annotated[
+    Path, typer.Argument(help="Sweep file, folder of its tables, or any Parquet or CSV table.")
+]
+ClusterFile = Annotated[Path, typer.Argument(help="Cluster profile (TOML).")]
+
+
+@app.command()
+def fit(
+    table: Table,
+    results: Results = RESULTS,
+    x: Annotated[str, typer.Option(help="Column of a Parquet or CSV table.")] = "pf_days",
+    y: Annotated[str, typer.Option(help="Column of a Parquet or CSV table.")] = "loss",
+    n_boot: Annotated[int, typer.Option(help="Bootstrap draws.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of starts and bootstrap.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Fit the laws of a sweep, or one power law to a table.
+
+    A sweep's fits go to fits.json beside its tables: the power law in PF-days on the compute
+    frontier, the same under other choices, and the joint law in the factors.
+
+    \b
+    Example:
+        clue-scaling fit sweeps/demo.toml
+        clue-scaling fit results/demo/runs.parquet --x pf_days_exact --y loss
+    """
+    if table.suffix in (".parquet", ".csv"):
+        law = _fit_table(table, x, y, n_boot, seed)
+        if as_json:
+            print_json(law)
+        else:
+            typer.echo(law["equation"])
+            print_table(list(_parameters(law)), ["parameter", "estimate", "lower", "upper"])
+        return
+    from scaling.analysis.report import study, write_study
+    from scaling.results import load
+
+    folder = _tables(table, results)
+    fits = study(load(folder), n_boot=n_boot, seed=seed)
+    path = write_study(fits, folder)
+    if as_json:
+        print_json(fits)
+        return
+    _print_study(fits)
+    typer.echo(path)
+
+
+@app.command()
+def figures(sweep: SweepFile, results: Results = RESULTS) -> None:
+    """Draw the figures of a sweep from its tables and fits.
+
+    \b
+    Example:
+        clue-scaling figures sweeps/demo.toml
+    """
+    from scaling.analysis.figures import draw
+    from scaling.files import RecordError, read_json
+    from scaling.results import load
+
+    folder = _tables(sweep, results)
+    tables = load(folder)
+    try:
+        fits = read_json(folder / "fits.json")
+    except RecordError as e:
+        raise ClueError(f"{e}; `clue-scaling fit {sweep}` writes it") from None
+    for path in draw(tables, fits, folder / "figures"):
+        typer.echo(path)
+
+
+@app.command()
+def doctor(cluster: ClusterFile, root: Root = WORK, as_json: Json = False) -> None:
+    """Say what would go wrong on a cluster, before it does.
+
+    Exit status 1 says that there is a problem.
+
+    \b
+    Example:
+        clue-scaling doctor slurm/local.toml
+    """
+    from dataclasses import asdict
+
+    from scaling.slurm.doctor import doctor as examine
+    from scaling.slurm.profile import ClusterProfile
+
+    findings = [asdict(f) for f in examine(root, ClusterProfile.read(cluster))]
+    if as_json:
+        print_json(findings)
+    else:
+        print_table(findings, ["check", "level", "found", "advice"])
+    if any(f["level"] == "problem" for f in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(root: Root = WORK) -> None:
+    """Go the whole way on embedded data, in minutes.
+
+    From the root of a clone; run again, it does nothing twice.
+
+    \b
+    Example:
+        clue-scaling demo
+    """
+    import scaling.demo
+
+    scaling.demo.run(root)
+
+
+def _tables(table: Path, results: Path) -> Path:
+    """Folder of the tables of a sweep file, or the folder itself."""
+    if table.suffix != ".toml":
+        return table
+    from scaling.sweeps import Grid
+
+    return results / Grid.read(table).name
+
+
+def _fit_table(path: Path, x: str, y: str, n_boot: int, seed: int) -> dict[str, Any]:
+    import pandas as pd
+
+    from scaling.analysis.fit import fit_power_law
+
+    if not path.is_file():
+        raise ClueError(f"{path}: no such file")
+    try:
+        df = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except ValueError as e:  # pandas' and pyarrow's parser errors are ValueErrors
+        raise ClueError(f"{path}: not a readable table: {e}") from None
+    cluster = "run_key" if "run_key" in df else None
+    return fit_power_law(df, x=x, y=y, n_boot=n_boot, seed=seed, cluster=cluster).to_dict()
+
+
+def _parameters(law: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for name, estimate in law["params"].items():
+        lower, upper = (law["ci95"] or {}).get(name, (None, None))
+        yield {"parameter": name, "estimate": estimate, "lower": lower, "upper": upper}
+
+
+def _print_study(fits: Mapping[str, Any]) -> None:
+    """The headline, its alternatives, what may be concluded, and the joint law."""
+    rows = fits["rows"]
+    dropped = ", ".join(f"{d['count']} {d['rule']}" for d in rows["dropped"]) or "none"
+    typer.echo(f"{rows['used']} of {rows['table']} runs fitted; dropped: {dropped}\n")
+    compute = fits["compute"]
+    laws = []
+    for record in [compute["headline"], *compute["alternatives"]]:
+        law = record["fit"]
+        row = {k: record[k] for k in ("x", "points", "floor", "delta")}
+        if law is not None:
+            lower, upper = (law["ci95"] or {}).get("exponent", (None, None))
+            row |= {"exponent": law["params"]["exponent"], "lower": lower, "upper": upper}
+        laws.append(row | {"status": law["status"] if law else record["failed"]})
+    print_table(laws, [k for k in laws[0] if k != "status"] + ["status"])
+    conclusion = compute["conclusion"]
+    typer.echo(f"\nconclusion: {'holds' if conclusion['holds'] else 'none'}")
+    for reason in conclusion["against"]:
+        typer.echo(f"  against: {reason}")
+    for name in ("with_floor", "without_floor"):
+        joint = fits["joint"][name]
+        typer.echo(f"\njoint law, {name.replace('_', ' ')}: {joint['failed'] or ''}")
+        if joint["fit"]:
+            typer.echo(f"  {joint['fit']['equation']}")
+            for key, verdict in joint["fit"]["identified"].items():
+                said = ", ".join(f"{k} {cell(v)}" for k, v in verdict.items())
+                typer.echo(f"  {key}: {said}")
