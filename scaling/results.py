@@ -32,7 +32,7 @@ TRAIN_POINTS = 200
 
 STR, INT, FLOAT, BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 
-_PLAN_TEXT = {"run_key", "sweep", "model"}
+_PLAN_TEXT, _PLAN_FLAGS = {"run_key", "sweep", "model"}, {"shuffle"}
 _PLAN_REAL = {
     "items_per_user_mean", "tokens_per_item_mean", "data_fraction", "epochs", "repeats",
     "flops", "flops_exact", "pf_days", "pf_days_exact",
@@ -53,6 +53,7 @@ def _schema(name: str, columns: Iterable[tuple[str, pa.DataType, str, str]]) -> 
 
 def _plan_column(name: str, text: str) -> tuple[str, pa.DataType, str, str]:
     kind = STR if name in _PLAN_TEXT else FLOAT if name in _PLAN_REAL else INT
+    kind = BOOL if name in _PLAN_FLAGS else kind
     meaning, _, unit = text.removesuffix("]").partition(" [")
     if name in COUNTED:
         meaning = COUNTED[name]
@@ -196,10 +197,15 @@ def collect(
     _check_plan(planned_rows, sweep_name)
     account = _Account()
     runs: list[dict[str, Any]] = []
-    curves: list[dict[str, Any]] = []
-    transfer: list[dict[str, Any]] = []
+    curves = [CURVES_SCHEMA.empty_table()]
+    transfer = [TRANSFER_SCHEMA.empty_table()]
     for planned in planned_rows:
         runs.append(_collect_run(root, planned, curves, transfer, account))
+    tables = {
+        "runs": pa.Table.from_pylist(runs, schema=RUNS_SCHEMA),
+        "curves": pa.concat_tables(curves).combine_chunks(),
+        "transfer": pa.concat_tables(transfer).combine_chunks(),
+    }
     states = Counter(row["state"] or "UNFINISHED" for row in runs)
     report = {
         "schema_version": TABLES_VERSION,
@@ -210,14 +216,13 @@ def collect(
         "incomplete": account.incomplete,
         "diverged": account.diverged,
         "unreadable": account.unreadable,
-        "without_transfer": account.without_transfer if transfer else [],
-        "rows": {"runs": len(runs), "curves": len(curves), "transfer": len(transfer)},
+        "without_transfer": account.without_transfer if len(tables["transfer"]) else [],
+        "rows": {name: len(table) for name, table in tables.items()},
         "train_rows_left_out": account.train_rows_left_out,
         "train_rows_rule": f"at most {TRAIN_POINTS} training rows a run, evenly spaced by row",
     }
-    for name, rows in (("runs", runs), ("curves", curves), ("transfer", transfer)):
+    for name, table in tables.items():
         buffer = io.BytesIO()
-        table = pa.Table.from_pylist(rows, schema=SCHEMAS[name])
         pq.write_table(table, buffer, compression="zstd")
         write_bytes(out / f"{name}.parquet", buffer.getvalue())
     write_json(out / "collect.json", report)
@@ -272,8 +277,8 @@ def _check_plan(planned_rows: Sequence[Mapping[str, Any]], sweep_name: str) -> N
 def _collect_run(
     root: Path,
     planned: Mapping[str, Any],
-    curves: list[dict[str, Any]],
-    transfer: list[dict[str, Any]],
+    curves: list[pa.Table],
+    transfer: list[pa.Table],
     account: _Account,
 ) -> dict[str, Any]:
     """Row of one run; its curve and transfer rows are appended."""
@@ -300,11 +305,17 @@ def _collect_run(
         if result is not None:
             _take_result(row, result, planned, run, config)
         downstream = _transfer_rows(run)
-    except (RecordError, ClueError) as e:
-        account.unreadable.append({"run_key": key, "error": str(e)})
+        pa.Table.from_pylist([row], schema=RUNS_SCHEMA)
+        curve = pa.Table.from_pylist(found, schema=CURVES_SCHEMA)
+        scores = pa.Table.from_pylist(downstream, schema=TRANSFER_SCHEMA)
+    except (ClueError, KeyError, TypeError, ValueError, AttributeError) as e:
+        # besides torn and foreign records: whole JSON of the wrong shape (a row without a step, a
+        # loss that is a string); one such run must not keep the others from being collected
+        error = str(e) if isinstance(e, ClueError) else f"{run.path}: malformed record ({e!r})"
+        account.unreadable.append({"run_key": key, "error": error})
         return {**dict.fromkeys(RUNS_SCHEMA.names), **{n: planned[n] for n in PLAN_COLUMNS}}
-    curves.extend(found)
-    transfer.extend(downstream)
+    curves.append(curve)
+    transfer.append(scores)
     account.train_rows_left_out += left_out
     if row["status"] == "diverged":
         account.diverged.append({"run_key": key, "step": row["step"]})

@@ -1,0 +1,339 @@
+"""Collecting run directories of every fate, and reading the tables back."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from scaling import results
+from scaling.config import CorpusCard, PoolConfig
+from scaling.files import write_json
+from scaling.results import SCHEMAS, ResultsError, Tables, collect, data_dictionary, load
+from scaling.rundir import RunDir, append_line
+from scaling.sweeps import PLAN_COLUMNS, Grid, PlannedRun
+
+STEPS = 10
+ROOT = Path(__file__).parents[1]
+
+
+def card(digest: str | None = "abcdefghijklmnop") -> CorpusCard:
+    return CorpusCard(
+        name="toy",
+        digest=digest,
+        services=("search", "shop"),
+        vocab_size=100,
+        n_users=64,
+        pool=PoolConfig(size=8, digest="ponmlkjihgfedcba") if digest else None,
+        items_per_user={"search": (0.0, 0.5, 0.5), "shop": (0.0, 0.0, 1.0)},
+        tokens_per_item=(0.0, 0.0, 1.0),
+    )
+
+
+def plan(corpus: CorpusCard, seeds: int = 6) -> list[PlannedRun]:
+    return Grid(
+        name="toy",
+        figure="Fig. 0",
+        source="test",
+        corpus=Path("toy.toml"),
+        base={"model": "1x8", "batch_size": 4, "steps": STEPS, "evaluations": 2},
+        seeds=tuple(range(seeds)),
+    ).runs(corpus)
+
+
+def start(root: Path, planned: PlannedRun) -> RunDir:
+    assert planned.config is not None
+    run = RunDir.create(root, planned.config, "toy")
+    run.record(1, "intent", {"at": 0.0})
+    return run
+
+
+def steps(run: RunDir, first: int, last: int, resumed_from: int, loss: float = 1.0) -> int:
+    """A generation that trains steps first..last, with an evaluation at its last step."""
+    generation = run.start_generation({"resumed_from": resumed_from})
+    with open(run.metrics_path(generation), "ab") as f:
+        for step in range(first, last + 1):
+            row = {"step": step, "users": 4.0 * step, "flops_exact": 8.64e19 * step}
+            append_line(f, {"kind": "train", "loss": loss, "lr": 0.1, **row})
+        pool = {"loss": loss, "loss_refit": loss, "accuracy": 0.5, "pools": {"4": loss / 2}}
+        append_line(f, {"kind": "pool", **row, **pool})
+    return generation
+
+
+def result(planned: PlannedRun, **changed: Any) -> dict[str, Any]:
+    record = dict.fromkeys(results.RESULT_COLUMNS)
+    record |= {"status": "done", "step": STEPS, "loss": 1.5, "chance": math.log(8)}
+    record |= {"pool_digest": "ponmlkjihgfedcba", "n_total": planned.row["n_total"]}
+    return record | {"flops_exact": 2.0, "pf_days_exact": 3.0} | changed
+
+
+@pytest.fixture
+def runs() -> list[PlannedRun]:
+    return plan(card())
+
+
+def take(root: Path, runs: list[PlannedRun]) -> Tables:
+    return collect(root / "work", [r.row for r in runs], "toy", root / "results")
+
+
+# ---- what becomes of each run -------------------------------------------------------------------
+
+
+def test_every_fate_keeps_its_row_and_is_accounted_for(
+    tmp_path: Path, runs: list[PlannedRun]
+) -> None:
+    done, diverged, stopped, torn, empty, _absent = runs
+    work = tmp_path / "work"
+    run = start(work, done)
+    run.write_result(steps(run, 1, STEPS, 0), result(done))
+    run = start(work, diverged)
+    at_4 = result(diverged, status="diverged", step=4, loss=None)
+    run.write_result(steps(run, 1, 4, 0), at_4)
+    steps(start(work, stopped), 1, 7, 0)
+    run = start(work, torn)
+    steps(run, 1, STEPS, 0)
+    (run.path / "result.json").write_text('{"status": "do')
+    start(work, empty)
+
+    tables = take(tmp_path, runs)
+
+    assert tables.runs["run_key"].tolist() == [r.row["run_key"] for r in runs]
+    assert tables.runs["state"].tolist()[:2] == ["DONE", "DIVERGED"]
+    assert tables.runs["state"].iloc[2:5].isna().all()
+    assert tables.runs["state"].iloc[5] == "PLANNED"
+    assert tables.runs["loss"].notna().tolist() == [True, *[False] * 5]
+    assert tables.runs["step"].tolist()[:3] == [STEPS, 4, 7]
+    keys = [r.row["run_key"] for r in runs]
+    found = tables.collected
+    assert found["planned"] == 6
+    assert found["states"] == {"DIVERGED": 1, "DONE": 1, "PLANNED": 1, "UNFINISHED": 3}
+    assert found["with_loss"] == 1
+    assert found["diverged"] == [{"run_key": keys[1], "step": 4}]
+    assert [r["run_key"] for r in found["incomplete"]] == [keys[2], keys[4], keys[5]]
+    assert found["incomplete"][0]["reason"] == "not over, last step 7"
+    assert [r["run_key"] for r in found["unreadable"]] == [keys[3]]
+    assert "result.json" in found["unreadable"][0]["error"]
+    # nothing of an unreadable run is believed
+    assert keys[3] not in set(tables.curves["run_key"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"status": "finished"}, "status is 'finished'; valid: done, diverged"),
+        ({"loss": None}, "done at step 10 of 10 with loss None"),
+        ({"step": 9}, "done at step 9 of 10"),
+        ({"pool_digest": "aaaaaaaaaaaaaaaa"}, "pool_digest is 'aaaaaaaaaaaaaaaa', expected"),
+        ({"n_total": 1}, "n_total is 1, expected"),
+    ],
+)
+def test_a_result_that_cannot_be_true_is_not_taken(
+    tmp_path: Path, runs: list[PlannedRun], changed: dict[str, Any], message: str
+) -> None:
+    run = start(tmp_path / "work", runs[0])
+    run.write_result(steps(run, 1, STEPS, 0), result(runs[0], **changed))
+    tables = take(tmp_path, runs[:1])
+    assert message in tables.collected["unreadable"][0]["error"]
+    assert pd.isna(tables.runs["loss"].iloc[0])
+
+
+@pytest.mark.parametrize(
+    "line", [b"{}\n", b"[]\n", b'{"kind": "pool", "step": 3, "loss": "low"}\n', b"half\n"]
+)
+def test_metrics_of_the_wrong_shape_spoil_one_run_only(
+    tmp_path: Path, runs: list[PlannedRun], line: bytes
+) -> None:
+    good, bad = (start(tmp_path / "work", r) for r in runs[:2])
+    good.write_result(steps(good, 1, STEPS, 0), result(runs[0]))
+    steps(bad, 1, 2, 0)
+    with open(bad.metrics_path(1), "ab") as f:
+        f.write(line)
+    tables = take(tmp_path, runs[:2])
+    assert [u["run_key"] for u in tables.collected["unreadable"]] == [bad.run_key]
+    assert str(bad.path) in tables.collected["unreadable"][0]["error"]
+    assert tables.runs["loss"].tolist()[0] == 1.5
+    assert set(tables.curves["run_key"]) == {good.run_key}
+
+
+def test_a_result_without_a_column_names_it(tmp_path: Path, runs: list[PlannedRun]) -> None:
+    run = start(tmp_path / "work", runs[0])
+    record = result(runs[0])
+    del record["chance"]
+    run.write_result(steps(run, 1, STEPS, 0), record)
+    tables = take(tmp_path, runs[:1])
+    assert tables.collected["unreadable"][0]["error"].endswith("result.json: lacks chance")
+
+
+def test_a_specification_of_another_run_is_unreadable(
+    tmp_path: Path, runs: list[PlannedRun]
+) -> None:
+    one, two = (start(tmp_path / "work", r) for r in runs[:2])
+    (one.path / "spec.json").write_bytes((two.path / "spec.json").read_bytes())
+    tables = take(tmp_path, runs[:2])
+    assert [u["run_key"] for u in tables.collected["unreadable"]] == [one.run_key]
+
+
+def test_steps_computed_twice_after_a_crash_appear_once(
+    tmp_path: Path, runs: list[PlannedRun]
+) -> None:
+    run = start(tmp_path / "work", runs[0])
+    steps(run, 1, 7, 0, loss=9.0)
+    with open(run.metrics_path(1), "ab") as f:
+        f.write(b'{"kind": "train", "st')  # torn by the crash
+    steps(run, 5, STEPS, 4, loss=2.0)
+    curves = take(tmp_path, runs[:1]).curves
+    train = curves[curves["kind"] == "train"]
+    assert train["step"].tolist() == list(range(1, STEPS + 1))
+    assert train["loss"].tolist() == [9.0] * 4 + [2.0] * 6
+    pool = curves[curves["kind"] == "pool"]
+    assert pool["step"].tolist() == [STEPS, STEPS]  # the one at step 7 was computed again
+    assert pool["pool_size"].tolist() == [8, 4]
+    assert pool["loss"].tolist() == [2.0, 1.0]
+    assert pool["pf_days_exact"].tolist() == [STEPS, STEPS]
+
+
+def test_long_training_curves_are_thinned_and_say_so(
+    tmp_path: Path, runs: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "TRAIN_POINTS", 4)
+    steps(start(tmp_path / "work", runs[0]), 1, STEPS, 0)
+    tables = take(tmp_path, runs[:1])
+    train = tables.curves[tables.curves["kind"] == "train"]
+    assert train["step"].tolist() == [1, 4, 7, 10]
+    assert tables.collected["train_rows_left_out"] == 6
+
+
+def test_what_a_run_counted_replaces_what_was_planned(
+    tmp_path: Path, runs: list[PlannedRun]
+) -> None:
+    run = start(tmp_path / "work", runs[0])
+    run.write_result(steps(run, 1, STEPS, 0), result(runs[0]))
+    table = take(tmp_path, runs[:2]).runs
+    assert table["flops_exact"].tolist() == [2.0, runs[1].row["flops_exact"]]
+    assert table["pf_days"].tolist() == [r.row["pf_days"] for r in runs[:2]]
+
+
+def test_transfer_rows_carry_their_record(tmp_path: Path, runs: list[PlannedRun]) -> None:
+    run = start(tmp_path / "work", runs[0])
+    run.write_result(steps(run, 1, STEPS, 0), result(runs[0]))
+    row = {"run_key": run.run_key, "task": "books", "system": "popularity", "fold": 0, "loss": 0.5}
+    record = {"schema_version": 1, "run_key": run.run_key, "step": STEPS, "task": "books"}
+    write_json(run.path / "transfer" / "books.json", {**record, "history": "all", "rows": [row]})
+    transfer = take(tmp_path, runs[:1]).transfer
+    assert transfer[["task", "system", "history"]].to_numpy().tolist() == [
+        ["books", "popularity", "all"]
+    ]
+    assert transfer["step"].tolist() == [STEPS]
+    assert pd.isna(transfer["mrr"].iloc[0])
+
+
+def test_a_transfer_record_of_another_run_is_refused(
+    tmp_path: Path, runs: list[PlannedRun]
+) -> None:
+    run = start(tmp_path / "work", runs[0])
+    write_json(run.path / "transfer" / "books.json", {"run_key": "else", "rows": []})
+    assert "books.json" in take(tmp_path, runs[:1]).collected["unreadable"][0]["error"]
+
+
+def test_a_nominal_plan_has_rows_and_no_keys(tmp_path: Path) -> None:
+    tables = take(tmp_path, plan(card(None), seeds=1))
+    assert tables.runs["run_key"].isna().all()
+    assert tables.collected["incomplete"][0]["reason"].startswith("nominal corpus")
+
+
+# ---- plans that cannot be collected -------------------------------------------------------------
+
+
+def test_an_empty_plan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match="the plan has no runs"):
+        collect(tmp_path, [], "toy", tmp_path / "results")
+
+
+def test_a_run_named_twice_is_refused(tmp_path: Path, runs: list[PlannedRun]) -> None:
+    with pytest.raises(ResultsError, match="more than once"):
+        take(tmp_path, [runs[0], runs[0]])
+
+
+def test_rows_without_a_column_are_refused(tmp_path: Path, runs: list[PlannedRun]) -> None:
+    row = {k: v for k, v in runs[0].row.items() if k != "pf_days"}
+    with pytest.raises(ResultsError, match="lack pf_days"):
+        collect(tmp_path, [row], "toy", tmp_path / "results")
+
+
+# ---- the tables as files ------------------------------------------------------------------------
+
+
+def test_collecting_again_gives_the_same_bytes(tmp_path: Path, runs: list[PlannedRun]) -> None:
+    steps(start(tmp_path / "work", runs[0]), 1, STEPS, 0)
+    take(tmp_path, runs)
+    files = sorted((tmp_path / "results").iterdir())
+    before = {f.name: f.read_bytes() for f in files}
+    take(tmp_path, runs)
+    assert {f.name: f.read_bytes() for f in sorted((tmp_path / "results").iterdir())} == before
+    assert sorted(before) == ["collect.json", "curves.parquet", "runs.parquet", "transfer.parquet"]
+
+
+def test_types_units_and_meanings_survive_the_file(tmp_path: Path, runs: list[PlannedRun]) -> None:
+    tables = take(tmp_path, runs)
+    for name, schema in SCHEMAS.items():
+        read = pq.read_schema(tmp_path / "results" / f"{name}.parquet")
+        assert read.equals(schema, check_metadata=True)
+        assert all(field.metadata[b"meaning"] for field in read)
+    assert tables.runs["n_total"].dtype == pd.Int64Dtype()
+    assert tables.runs["best_step"].isna().all()  # null, not 0
+
+
+def test_the_plan_is_the_first_part_of_the_runs_table() -> None:
+    assert results.RUNS_SCHEMA.names[: len(PLAN_COLUMNS)] == list(PLAN_COLUMNS)
+
+
+def test_column_names_are_unique() -> None:
+    for schema in SCHEMAS.values():
+        assert len(set(schema.names)) == len(schema.names)
+
+
+def test_the_data_dictionary_is_that_of_the_schemas() -> None:
+    assert data_dictionary() in (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_missing_table_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match=r"runs\.parquet: no such table; `clue-scaling collect`"):
+        load(tmp_path)
+
+
+def test_a_damaged_table_is_named(tmp_path: Path, runs: list[PlannedRun]) -> None:
+    take(tmp_path, runs)
+    path = tmp_path / "results" / "curves.parquet"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ResultsError, match=r"curves\.parquet: not a readable Parquet file"):
+        load(tmp_path / "results")
+
+
+@pytest.mark.parametrize("version", ["0", "2"])
+def test_another_version_is_refused(tmp_path: Path, runs: list[PlannedRun], version: str) -> None:
+    take(tmp_path, runs)
+    path = tmp_path / "results" / "runs.parquet"
+    table = pq.read_table(path)
+    pq.write_table(
+        table.replace_schema_metadata({"clue.table": "runs", "clue.version": version}), path
+    )
+    with pytest.raises(ResultsError, match=f"runs of version {version}; this program reads runs"):
+        load(tmp_path / "results")
+
+
+def test_a_foreign_table_is_refused(tmp_path: Path, runs: list[PlannedRun]) -> None:
+    take(tmp_path, runs)
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "results" / "runs.parquet")
+    with pytest.raises(ResultsError, match="holds some other table"):
+        load(tmp_path / "results")
+
+
+def test_a_torn_account_is_refused(tmp_path: Path, runs: list[PlannedRun]) -> None:
+    take(tmp_path, runs)
+    (tmp_path / "results" / "collect.json").write_text(json.dumps({})[:1])
+    with pytest.raises(ResultsError, match=r"collect\.json"):
+        load(tmp_path / "results")
