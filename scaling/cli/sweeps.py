@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 Rows = Sequence[Mapping[str, Any]]
 PLAN_SHOWN = (
     "run_key", "model", "n_total", "n_non_embedding", "batch_size", "items_per_user",
-    "items_per_user_mean", "data_fraction", "shuffle", "users_seen", "epochs", "steps", "seed", "flops",
-    "flops_exact", "pf_days", "pf_days_exact",
+    "items_per_user_mean", "data_fraction", "shuffle", "users_seen", "epochs", "steps", "seed",
+    "flops", "flops_exact", "pf_days", "pf_days_exact",
 )  # fmt: skip
 STATUS_SHOWN = (
     "run_key", "state", "job_state", "job_id", "attempts", "step", "steps", "loss", "train_loss",
@@ -115,7 +115,7 @@ def sync(
     root: Root = WORK,
     watch: Annotated[bool, typer.Option("--watch", help="Until all runs are over.")] = False,
 ) -> None:
-    """Bring records and queue together: retries, and the rest of the sweep.
+    """Go on with a sweep: retries, and the runs still waiting.
 
     Safe to run anywhere, any number of times, at the same time (cron, say).
 
