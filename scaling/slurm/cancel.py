@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from scaling.rundir import Attempt, RunDir
 from scaling.slurm.scheduler import command
-from scaling.slurm.state import DEFAULT_RULES, WORDS, Phase, State
+from scaling.slurm.state import DEFAULT_RULES, Phase, State, meaning
 from scaling.slurm.submission import SubmissionError
 from scaling.slurm.sync import survey
 
@@ -40,7 +40,7 @@ def cancel(runs: Sequence[RunDir]) -> list[str]:
         newest = run.attempts()[-1] if verdict.attempt else None
         if newest is None or verdict.job_state is None:
             continue
-        word = WORDS.get(verdict.job_state.split(" ")[0])
+        word = meaning(verdict.job_state)
         if word is None or word.phase is not Phase.ENDED:
             jobs[str(newest.intent["executor"]), str(newest.intent["token"])].append(newest)
     for (executor, token), attempts in jobs.items():

@@ -22,6 +22,7 @@ from submitit import JobEnvironment
 from submitit.helpers import TorchDistributedEnvironment
 
 from scaling.config import TrainSettings
+from scaling.files import read_json
 from scaling.rundir import Attempt, RunDir, Superseded
 from scaling.slurm.scheduler import command, is_alive, process_identity
 
@@ -57,8 +58,13 @@ class StopFlag:
         return bool(self.signal)
 
 
-def run_job(root: str, run_key: str, number: int) -> NoReturn:
-    """Run one rank of one attempt.
+def chunk_folder(root: Path, sweep: str, token: str) -> Path:
+    """Folder of one submission: ``chunk.json``, job script, logs and submitit's files."""
+    return root / "sweeps" / sweep / "chunks" / token
+
+
+def run_job(root: str, sweep: str, token: str) -> NoReturn:
+    """Run one rank of one attempt: which one, ``chunk.json`` and the index in the array say.
 
     It leaves by ``SystemExit``, which submitit passes on without pickling a result: 0 when the run
     is over or goes on in a later slice, 93 when superseded, 1 on an error.
@@ -69,7 +75,10 @@ def run_job(root: str, run_key: str, number: int) -> NoReturn:
     local = environment.name() == "local"
     if local:
         _die_with_controller(int(environment.job_id))
-    run = RunDir(Path(root), run_key)
+    index = int(environment.array_task_id or 0)
+    chunk = read_json(chunk_folder(Path(root), sweep, token) / "chunk.json")
+    run = RunDir(Path(root), chunk["runs"][index])
+    number = next(a.number for a in run.attempts() if a.intent["token"] == token)
     job = {
         "executor": environment.name(),
         "job_id": str(environment.job_id),

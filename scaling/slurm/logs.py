@@ -4,6 +4,7 @@ from pathlib import Path
 
 from scaling.files import RecordError
 from scaling.rundir import RunDir
+from scaling.slurm.job import chunk_folder
 
 TAIL_BYTES = 1 << 20
 
@@ -28,7 +29,7 @@ def log_files(run: RunDir, *, attempt: int | None = None, rank: int = 0) -> list
             f"run {run.run_key}, attempt {chosen[0].number}: its job is not known yet; see status"
         )
     intent = chosen[0].intent
-    folder = run.root / "sweeps" / intent["sweep"] / "chunks" / intent["token"]
+    folder = chunk_folder(run.root, intent["sweep"], intent["token"])
     paths = [folder / f"{record['job_id']}_{rank}_log.{kind}" for kind in ("out", "err")]
     found = [p for p in paths if p.exists()]
     if not found:

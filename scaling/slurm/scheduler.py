@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scaling.rundir import Attempt
-from scaling.slurm.state import WORDS, Job, Phase, Snapshot
+from scaling.slurm.state import Job, Phase, Snapshot, meaning
 
 TIMEOUT_S = 30.0
 """Longest wait for one Slurm command. [seconds]"""
@@ -177,5 +177,5 @@ def is_alive(attempt: Attempt) -> bool | None:
     job = snapshot.jobs.get((str(attempt.intent["token"]), int(attempt.intent["index"])))
     if job is None:
         return False if snapshot.answered else None
-    word = WORDS.get(job.word.split()[0])
+    word = meaning(job.word)
     return None if word is None else word.phase is Phase.RUNNING

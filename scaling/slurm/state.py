@@ -74,6 +74,12 @@ WORDS: Mapping[str, Word] = {
 }
 """Slurm's job states (job_state_string and the flags of slurm.h, 20.11 to 24.05)."""
 
+
+def meaning(text: str) -> Word | None:
+    """What a job state as Slurm prints it (``CANCELLED by 1000``) means; None if unknown."""
+    return WORDS.get(text.partition(" ")[0].rstrip("+"))
+
+
 FRUITLESS_LIMIT: Mapping[str, int] = {
     "stopped": 3,
     "preempted": 3,
@@ -228,7 +234,7 @@ def _of_job(
     if not local and not snapshot.answered:
         return Verdict(last, stale=snapshot.note or "the scheduler does not answer", **known)
     if job is not None:
-        word = WORDS.get(job.word.split()[0].rstrip("+") if job.word else "")
+        word = meaning(job.word)
         if word is None:
             return Verdict(last, stale=f"unknown job state {job.word!r}", **known)
         if word.phase is Phase.WAITING:

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.helpers import DelayedSubmission
 
 from scaling import ClueError, __version__
 from scaling.config import RunConfig
 from scaling.files import write_json
 from scaling.rundir import RunDir
-from scaling.slurm.job import run_job
+from scaling.slurm.job import chunk_folder, run_job
 from scaling.slurm.profile import ClusterProfile, Shape
 from scaling.slurm.scheduler import command, process_identity
 from scaling.slurm.state import Facts
@@ -128,7 +129,6 @@ def _submit_chunk(
 ) -> tuple[list[Submitted], bool]:
     """Returns the new attempts, and whether there may be room for more."""
     token = f"{sweep}-{secrets.token_hex(5)}"
-    folder = root / "sweeps" / sweep / "chunks" / token
     won: list[tuple[RunDir, int]] = []
     for c in chunk:
         number = (c.facts.attempts[-1].number if c.facts.attempts else 0) + 1
@@ -157,11 +157,11 @@ def _submit_chunk(
     if not won:
         return [], True
     write_json(
-        folder / "chunk.json",
+        chunk_folder(root, sweep, token) / "chunk.json",
         {"schema_version": 1, "token": token, "runs": [run.run_key for run, _ in won]},
     )
     try:
-        job_ids = _sbatch(root, folder, token, won, shape, profile, parallel)
+        job_ids = _sbatch(root, sweep, token, won, shape, profile, parallel)
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as e:
         return _refused(won, chunk, str(e).strip())
     done = []
@@ -184,7 +184,7 @@ def _cancelled_meanwhile(candidate: Candidate) -> bool:
 
 def _sbatch(
     root: Path,
-    folder: Path,
+    sweep: str,
     token: str,
     won: Sequence[tuple[RunDir, int]],
     shape: Shape,
@@ -192,6 +192,7 @@ def _sbatch(
     parallel: int,
 ) -> list[str]:
     """Submit through submitit's public interface; job ids in the order of ``won``."""
+    folder = chunk_folder(root, sweep, token)
     common = {
         "timeout_min": shape.time_min,
         "nodes": shape.nodes,
@@ -225,23 +226,37 @@ def _sbatch(
             slurm_signal_delay_s=profile.signal_lead_s,
             slurm_array_parallelism=parallel,
             slurm_wckey=None,
-            slurm_setup=list(profile.setup) or None,
+            slurm_setup=[*_bring_arguments(root, sweep, folder, shape), *profile.setup],
             slurm_additional_parameters={"requeue": True},
             # A rank that ends badly ends its step: no other waits for it in a collective. srun
             # does not inherit --cpus-per-task since Slurm 22.05.
             slurm_srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={shape.cpus_per_task}"],
             **{f"slurm_{k}": v for k, v in words.items() if v is not None},
         )
+    n = len(won)
     with _jobs_ignore_the_terminal() if profile.executor == "local" else contextlib.nullcontext():
-        jobs = executor.map_array(
-            run_job,
-            [str(root)] * len(won),
-            [run.run_key for run, _ in won],
-            [number for _, number in won],
-        )
+        jobs = executor.map_array(run_job, [str(root)] * n, [sweep] * n, [token] * n)
     if profile.executor == "local":
         _STARTED[:] = [job for job in (*_STARTED, *jobs) if not job.done()]
     return [str(job.job_id) for job in jobs]
+
+
+def _bring_arguments(root: Path, sweep: str, folder: Path, shape: Shape) -> list[str]:
+    """Shell lines with which a job brings its own arguments to where submitit looks for them.
+
+    submitit renames them there after sbatch has answered. Where the answer is lost or the login
+    dies first, its job would wait a minute for them and fail. They are the same for every job of a
+    chunk, so that each can copy them.
+    """
+    arguments = DelayedSubmission(run_job, str(root), sweep, folder.name)
+    arguments.set_timeout(shape.time_min, 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments.dump(folder / "arguments.pkl")
+    return [
+        "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
+        f"test -e {folder}/${{job}}_submitted.pkl"
+        f" || cp {folder}/arguments.pkl {folder}/${{job}}_submitted.pkl",
+    ]
 
 
 @contextlib.contextmanager
