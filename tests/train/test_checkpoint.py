@@ -21,12 +21,12 @@ from scaling.train.loop import train
 
 
 @pytest.fixture
-def stopped(tiny_corpus, tmp_path):
+def stopped(corpus, tmp_path):
     """A run stopped after 12 of 24 steps, with checkpoints of steps 8 and 12."""
-    run = RunDir.create(tmp_path, configure(tiny_corpus), "tiny")
+    run = RunDir.create(tmp_path, configure(corpus), "tiny")
     polls = iter(range(1, 100))
     settings = TrainSettings(threads=1, checkpoint_every=4)
-    assert train(run, tiny_corpus, settings, should_stop=lambda: next(polls) >= 12) is None
+    assert train(run, corpus, settings, should_stop=lambda: next(polls) >= 12) is None
     assert [p.name for p in checkpoint.committed(run)] == ["step-000000008", "step-000000012"]
     return run
 
@@ -61,12 +61,12 @@ def test_a_damaged_checkpoint_is_named_and_the_previous_one_taken(stopped, file,
 
 
 def test_training_over_a_damaged_checkpoint_ends_as_if_it_had_been_whole(
-    stopped, tiny_corpus, tmp_path_factory
+    stopped, corpus, tmp_path_factory
 ):
     whole = RunDir.create(tmp_path_factory.mktemp("whole"), stopped.spec(), "tiny")
-    train(whole, tiny_corpus, TrainSettings(threads=1))
+    train(whole, corpus, TrainSettings(threads=1))
     flip(stopped.path / "ckpt" / "step-000000012" / "params.safetensors")
-    train(stopped, tiny_corpus, TrainSettings(threads=1))
+    train(stopped, corpus, TrainSettings(threads=1))
     assert curve(stopped) == curve(whole)
     assert list(stopped.path.glob("ckpt/damaged-step-000000012-*"))
 
@@ -94,7 +94,7 @@ def test_nothing_in_a_run_directory_is_a_pickle(stopped):
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(stopped, tiny_corpus, tmp_path):
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(stopped, corpus, tmp_path):
     """A limit on file sizes stands in for a full disk: the write of the tensors fails midway."""
     size = (stopped.path / "ckpt/step-000000012/params.safetensors").stat().st_size
 
@@ -102,7 +102,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(stopped, tiny_cor
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
 
     done = subprocess.run(
-        [sys.executable, str(RANK), str(stopped.root), stopped.run_key, str(tiny_corpus.path)],
+        [sys.executable, str(RANK), str(stopped.root), stopped.run_key, str(corpus.path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=limit,
         capture_output=True,
@@ -113,5 +113,5 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(stopped, tiny_cor
     assert "params.safetensors" in done.stderr
     assert checkpoint.newest(stopped).step == 12
     assert not list(stopped.path.glob("ckpt/.tmp-*"))
-    train(stopped, tiny_corpus, TrainSettings(threads=1))
+    train(stopped, corpus, TrainSettings(threads=1))
     assert stopped.result()["step"] == 24
