@@ -1,0 +1,113 @@
+"""On a real Slurm of two nodes (slurm/devcluster): what the fake one cannot promise."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from scaling.slurm.doctor import doctor
+from scaling.slurm.logs import log_files, tail
+from scaling.slurm.profile import ClusterProfile, Shape
+from scaling.slurm.sync import status, submit, sync
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+
+@pytest.fixture
+def profile(devcluster, monkeypatch) -> ClusterProfile:
+    monkeypatch.setenv("SLURM_CONF", devcluster["slurm_conf"])
+    return ClusterProfile(
+        name="devcluster",
+        partition=devcluster["partition"],
+        settle_s=1,
+        signal_lead_s=30,
+        shape=Shape(nodes=2, tasks_per_node=1, gpus_per_node=1, time_min=10),
+    )
+
+
+def slurm(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def sacct(name: str) -> dict[str, dict[str, str]]:
+    """Slurm's own account of a submission, by job id."""
+    fields = ["JobID", "State", "AllocNodes", "NTasks", "AllocTRES"]
+    rows = slurm("sacct", "-nXP", f"--name={name}", f"--format={','.join(fields)}").splitlines()
+    return {row.split("|")[0]: dict(zip(fields, row.split("|"), strict=True)) for row in rows}
+
+
+def test_an_array_of_runs_with_two_ranks_on_two_nodes(root, make_runs, profile, until):
+    runs = make_runs(6)
+    rows = submit(root, runs, profile, sweep="array")
+    assert {r["action"] for r in rows} == {"submit"}
+    assert {r["action"] for r in submit(root, runs, profile, sweep="array")} == {None}
+    rows = sync(root, runs, profile, sweep="array", watch=True, interval_s=0.5)
+    assert [r["state"] for r in rows] == ["DONE"] * 6
+    assert [r["attempts"] for r in rows] == [1] * 6
+    assert [r.result()["world_size"] for r in runs] == [2] * 6
+    assert "rank 1 of 2 threads 1" in tail(log_files(runs[3], rank=1)[0], 50)
+    assert {tuple(r.attempts()[0].claim["nodes"]) for r in runs} == {("gpu1", "gpu2")}
+    name = runs[0].attempts()[0].intent["token"]
+    until(lambda: {j["State"] for j in sacct(name).values()} == {"COMPLETED"}, 20)
+    accounted = sacct(name)
+    assert sorted(accounted) == sorted(r["job_id"] for r in rows)
+    for job in accounted.values():
+        assert job["AllocNodes"] == "2"
+        assert "gres/gpu=2" in job["AllocTRES"]
+
+
+@pytest.mark.parametrize("how", ["scontrol requeue", "scancel --signal=USR2", "kill -9"])
+def test_a_run_goes_on_from_its_checkpoint(root, make_runs, profile, until, how):
+    runs = make_runs(2, steps=60, step_s=0.1)
+    submit(root, runs, profile, sweep="go-on")
+    until(lambda: all((r["step"] or 0) >= 12 for r in status(runs)))
+    job = status(runs)[1]["job_id"]
+    assert job.endswith("_1")
+    if how == "kill -9":
+        os.kill(_rank_process(runs[1]), signal.SIGKILL)
+    else:
+        slurm(*how.split(), job)
+    (root / "standin.json").write_text(json.dumps({"step_s": 0.0}))
+    rows = sync(root, runs, profile, sweep="go-on", watch=True, interval_s=0.5)
+    assert [r["state"] for r in rows] == ["DONE", "DONE"]
+    assert runs[0].generations() == [1]  # only one element of the array was touched
+    starts = [
+        json.loads(runs[1].metrics_path(g).read_text().splitlines()[0])
+        for g in runs[1].generations()
+    ]
+    assert len(starts) == 2
+    assert starts[1]["resumed_from"] >= 10
+    assert [r["step"] for r in runs[1].curve("train")] == list(range(1, 61))
+    if how == "kill -9":  # the job ended: a new attempt
+        assert rows[1]["attempts"] == 2
+        assert rows[1]["job_id"] != job
+    else:  # the same job, started again
+        assert (rows[1]["attempts"], rows[1]["job_id"]) == (1, job)
+        assert [s["job"]["restart"] for s in starts] == [0, 1]
+
+
+def _rank_process(run) -> int:
+    """The process of rank 0 of a run, on whichever of the nodes of this host."""
+    job = run.attempts()[0].claim["job_id"].split("_")
+    wanted = {f"SLURM_ARRAY_JOB_ID={job[0]}", f"SLURM_ARRAY_TASK_ID={job[1]}", "SLURM_PROCID=0"}
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        except OSError:
+            continue
+        if wanted <= set(environment):
+            return int(pid)
+    raise AssertionError("no such process")
+
+
+def test_doctor_finds_this_cluster_in_order(root, profile):
+    findings = {f.check: f for f in doctor(root, profile)}
+    assert findings["MaxArraySize"].found.startswith("12:")
+    assert {f.check: f.found for f in findings.values() if f.level == "problem"} == {}
+    assert findings["accounting"].level == "ok"
+    assert findings["JobRequeue"].level == "ok"
+    bad = doctor(root, profile.model_copy(update={"partition": "nowhere"}))
+    assert [f.check for f in bad if f.level == "problem"] == ["partition"]
