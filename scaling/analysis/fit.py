@@ -239,17 +239,17 @@ def _check_enough(
     log_x: Array, factors: tuple[str, ...], n_params: int, dropped: Mapping[str, int]
 ) -> None:
     points = len(np.unique(log_x, axis=0)) if len(log_x) else 0
-    left_out = "".join(f"; {count} rows left out: {rule}" for rule, count in dropped.items())
+    for k, name in enumerate(factors):
+        if points > 1 and np.ptp(log_x[:, k]) == 0:
+            raise FitError(
+                f"{name} is {np.exp(log_x[0, k]):.6g} in every row: no exponent of it can be fitted"
+            )
     if points <= n_params:
+        left_out = "".join(f"; {count} rows left out: {rule}" for rule, count in dropped.items())
         raise FitError(
             f"a law with {n_params} parameters in {', '.join(factors)} needs at least "
             f"{n_params + 1} distinct points, the table has {points}{left_out}"
         )
-    for k, name in enumerate(factors):
-        if np.ptp(log_x[:, k]) == 0:
-            raise FitError(
-                f"{name} is {np.exp(log_x[0, k]):.6g} in every row: no exponent of it can be fitted"
-            )
 
 
 def _best(minima: Minima, n: int) -> tuple[Array, Certificate, list[Array]]:

@@ -26,7 +26,8 @@ Array = npt.NDArray[np.float64]
 GRADIENT_TOLERANCE = 1e-7
 """An optimum is certified when the relative gradient (see ``Minima.gradient``) is below this."""
 RESIDUAL_ROUNDING = 1e-8
-"""Log residuals below this are rounding; they do not count against the certificate."""
+"""Log residuals below this (times the largest ln y above 1) are rounding: they do not count against
+the certificate."""
 EXPONENT_BOUNDS = (1e-4, 10.0)
 TERM_DEPTH = float(np.log(1e6))
 """At the centre of the data no term may fall below a millionth of the smallest y."""
@@ -117,7 +118,7 @@ class Problem:
         irls = np.minimum(1.0, self.delta / np.maximum(np.abs(r), 1e-300))
         psi = w * irls * r
         gradient = np.einsum("si,sip->sp", psi, jac)
-        floor_of_psi = np.abs(psi) + w * RESIDUAL_ROUNDING
+        floor_of_psi = np.abs(psi) + w * RESIDUAL_ROUNDING * max(1.0, np.abs(self.log_y).max())
         bound = np.einsum("si,sip->sp", floor_of_psi, np.abs(jac))
         gauss = np.swapaxes(jac * (w * irls)[:, :, None], 1, 2) @ jac
         inside = w * (np.abs(r) <= self.delta)

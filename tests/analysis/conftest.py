@@ -1,0 +1,117 @@
+"""A small study with a known law, as run directories on disk."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scaling.config import CorpusCard, PoolConfig
+from scaling.files import write_json
+from scaling.results import Tables, collect
+from scaling.rundir import RunDir, append_line
+from scaling.sweeps import Grid, PlannedRun
+
+EXPONENT = 0.06
+CHANCE = float(np.log(256))
+
+
+@pytest.fixture(scope="session")
+def planned() -> list[PlannedRun]:
+    card = CorpusCard(
+        name="toy",
+        digest="abcdefghijklmnop",
+        services=("search", "shop"),
+        vocab_size=500,
+        n_users=4_096,
+        pool=PoolConfig(size=256, digest="ponmlkjihgfedcba"),
+        items_per_user={s: (0.0, *([0.02] * 50)) for s in ("search", "shop")},
+        tokens_per_item=(0.0, 0.0, 0.0, 0.0, 1.0),
+    )
+    grid = Grid(
+        name="toy",
+        figure="Fig. 0",
+        source="a planted law",
+        corpus=Path("toy.toml"),
+        base={"steps": 200, "evaluations": 2},
+        grid={
+            "model": ["2x16", "2x32", "2x64"],
+            "batch_size": [16, 64],
+            "items_per_user": [4, 16],
+            "data_fraction": [0.25, 1.0],
+        },
+    )
+    return grid.runs(card)
+
+
+@pytest.fixture(scope="session")
+def simulate(planned: list[PlannedRun]) -> Callable[[Path], Path]:
+    """Writes the study below a folder and collects it; every loss lies on or above the law
+    ``loss = 3 * pf_days ** -EXPONENT`` at the paper's counting. Returns the folder of tables."""
+
+    def write(folder: Path) -> Path:
+        rng = np.random.default_rng(0)
+        for i, plan in enumerate(planned):
+            assert plan.config is not None
+            run = RunDir.create(folder / "work", plan.config, "toy")
+            run.record(1, "intent", {"at": 0.0})
+            generation = run.start_generation({"resumed_from": 0})
+            law = 3.0 * (plan.row["pf_days"] / 1e-9) ** -EXPONENT
+            loss = float(law * np.exp(0.0 if i % 3 else abs(rng.normal(0, 0.02))))
+            counted = {"tokens": 1e5, "items": 2e4, "users": 3200.0, "seconds": 12.0}
+            counted["flops_exact"] = 1.3 * plan.row["flops_exact"]
+            with open(run.metrics_path(generation), "ab") as f:
+                for step in (100, 200):
+                    row = {"step": step, **counted, "loss": loss * 1.1, "lr": 1e-3}
+                    append_line(f, {"kind": "train", "grad_norm": 1.0, "clipped": True, **row})
+                    row |= {"loss": loss + (200 - step) / 500, "loss_refit": loss - 0.01}
+                    row |= {"accuracy": 0.2, "logit_scale": 14.0, "pools": {"64": loss - 1}}
+                    append_line(f, {"kind": "pool", **row})
+            run.write_result(
+                generation,
+                {
+                    **{"status": "done", "step": 200, "loss": loss, "loss_refit": loss - 0.01},
+                    **{"best_loss": loss, "best_step": 200, "train_loss": loss * 1.1},
+                    **{"chance": CHANCE, "accuracy": 0.2, "logit_scale": 14.0, "world_size": 1},
+                    **{"pool_size": 256, "pool_digest": plan.config.pool.digest, **counted},
+                    **{"n_total": plan.row["n_total"], "flops": plan.row["flops"]},
+                    **{"pf_days_exact": counted["flops_exact"] / 8.64e19},
+                },
+            )
+            for task, shift in (("books", 0.0), ("food", 0.15)):
+                rows = [
+                    {
+                        **{"run_key": run.run_key, "task": task, "system": system, "fold": fold},
+                        **{"hr_1": 0.1, "hr_10": 0.4, "ndcg_10": 0.2, "mrr": 0.2},
+                        **{"loss": value, "loss_softmax": 4.0, "tie_gap": 0.0},
+                        **{"n_users": 100, "n_targets": 300},
+                    }
+                    for fold in range(2)
+                    for system, value in (
+                        ("clue/u-mlp", 0.3 + shift + 0.05 * loss + rng.normal(0, 0.002)),
+                        ("popularity", 0.62 + shift),
+                    )
+                ]
+                write_json(
+                    run.path / "transfer" / f"{task}.json",
+                    {
+                        **{"schema_version": 1, "run_key": run.run_key, "step": 200},
+                        **{"task": task, "history": "target", "rows": rows},
+                    },
+                )
+        collect(folder / "work", [p.row for p in planned], "toy", folder / "results" / "toy")
+        return folder / "results" / "toy"
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def folder(simulate: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulate(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="session")
+def tables(folder: Path) -> Tables:
+    from scaling.results import load
+
+    return load(folder)

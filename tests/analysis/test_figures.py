@@ -1,0 +1,171 @@
+"""Figures show what they say: artists, labels, files."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection, PolyCollection
+
+from scaling.analysis.figures import draw, loss_vs_compute, transfer_vs_pretraining
+from scaling.analysis.fit import PowerLawFit, fit_power_law
+from scaling.results import Tables
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def fit(tables: Tables) -> PowerLawFit:
+    return fit_power_law(tables.runs, x="pf_days", y="loss", frontier=True, n_boot=50)
+
+
+def legend(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def points(ax: Axes) -> np.ndarray:
+    clouds = [c for c in ax.collections if isinstance(c, PathCollection)]
+    return np.concatenate([np.asarray(c.get_offsets()) for c in clouds])
+
+
+def test_loss_against_compute_shows_every_run_frontier_law_and_chance(
+    tables: Tables, fit: PowerLawFit
+) -> None:
+    ax = loss_vs_compute(tables.runs, fit, floor=2.0, extend=3)
+    assert sorted(points(ax)[:, 0]) == pytest.approx(sorted(tables.runs["pf_days"]))
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+    assert ax.get_xlabel() == "compute, paper's formula [PF-days]"
+    assert ax.get_ylabel() == "contrastive loss on the pool [nats]"
+    labels = legend(ax)
+    assert [label for label in labels if "parameters" in label] == labels[:3]
+    assert "compute frontier" in labels
+    assert "chance (ln pool)" in labels
+    assert "floor of the world" in labels
+    assert any(label.startswith("exponent 0.06\n95 %: ") for label in labels)
+    bands = [c for c in ax.collections if isinstance(c, PolyCollection)]
+    assert len(bands) == 1
+    dotted = [line for line in ax.lines if line.get_linestyle() == ":"]
+    assert dotted[0].get_xdata()[-1] == pytest.approx(3 * fit.ranges()["pf_days"][1])
+
+
+def test_a_law_out_of_fits_json_draws_the_same(tables: Tables, fit: PowerLawFit) -> None:
+    one, two = (loss_vs_compute(tables.runs, law) for law in (fit, fit.to_dict()))
+    assert legend(one) == legend(two)
+    law = next(line for line in two.lines if str(line.get_label()).startswith("exponent"))
+    x, y = law.get_data()
+    np.testing.assert_allclose(y, fit.predict(x)["y"], rtol=1e-9)
+
+
+def test_runs_without_a_loss_are_not_drawn(tables: Tables) -> None:
+    runs = tables.runs.assign(loss=tables.runs["loss"].where(tables.runs.index > 3))
+    assert len(points(loss_vs_compute(runs))) == len(runs) - 4
+
+
+def test_many_values_of_the_hue_get_a_colour_bar(tables: Tables) -> None:
+    ax = loss_vs_compute(tables.runs, hue="loss", chance=False)
+    assert len(ax.figure.axes) == 2
+    assert legend(ax) == ["compute frontier"]
+
+
+def test_downstream_against_pretraining_per_task(tables: Tables) -> None:
+    ax = transfer_vs_pretraining(tables.transfer, tables.runs)
+    labels = legend(ax)
+    assert labels[0].startswith("books, 24 runs\nPearson 0.9")
+    assert labels[1] == "books, popularity"
+    assert labels[2].startswith("food, 24 runs\n")
+    assert len(points(ax)) == 48
+    first = tables.transfer[
+        (tables.transfer["task"] == "books")
+        & (tables.transfer["system"] == "clue/u-mlp")
+        & (tables.transfer["run_key"] == tables.runs["run_key"].iloc[0])
+    ]
+    assert first["loss"].mean() in points(ax)[:, 1]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_too_few_runs_have_no_correlation(tables: Tables, n: int) -> None:
+    ax = transfer_vs_pretraining(tables.transfer, tables.runs.iloc[:n], baseline=None)
+    assert legend(ax) == [f"books, {n} runs", f"food, {n} runs"]
+
+
+def test_fits_plot_themselves(fit: PowerLawFit) -> None:
+    ax = fit.plot(extend=2)
+    assert legend(ax)[0] == "fitted points"
+    assert len(ax.lines[0].get_xdata()) == fit.n
+
+
+def test_drawing_twice_gives_the_same_files(
+    tables: Tables, fit: PowerLawFit, tmp_path: Path
+) -> None:
+    fits = {"compute": {"headline": {"fit": fit.to_dict()}}}
+    one, two = (draw(tables, fits, tmp_path / folder) for folder in ("one", "two"))
+    assert [p.name for p in one] == [
+        "loss_vs_compute.png",
+        "loss_vs_compute.svg",
+        "transfer_vs_pretraining.png",
+        "transfer_vs_pretraining.svg",
+    ]
+    for a, b in zip(one, two, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+    assert "compute frontier" in one[1].read_text()  # text stays text in SVG
+    assert not plt.get_fignums()
+
+
+def test_nothing_to_show_draws_nothing(tables: Tables, tmp_path: Path) -> None:
+    empty = Tables(
+        runs=tables.runs.assign(loss=np.nan),
+        curves=tables.curves,
+        transfer=tables.transfer.iloc[:0],
+        collected={},
+    )
+    assert draw(empty, {}, tmp_path) == []
+
+
+def test_no_text_overlaps(tables: Tables, fit: PowerLawFit) -> None:
+    ax = loss_vs_compute(tables.runs, fit, floor=2.0, extend=3)
+    figure = ax.figure
+    figure.canvas.draw()
+    boxes = [t.get_window_extent() for t in ax.get_legend().get_texts()]
+    boxes += [t.get_window_extent() for t in ax.get_yticklabels() if t.get_text()]
+    boxes += [ax.xaxis.label.get_window_extent(), ax.yaxis.label.get_window_extent()]
+    for i, one in enumerate(boxes):
+        assert not any(one.overlaps(other) for other in boxes[i + 1 :])
+    assert not ax.get_window_extent().overlaps(ax.get_legend().get_window_extent())
+
+
+def test_analysis_needs_no_torch() -> None:
+    code = (
+        "import sys, scaling.analysis as a; [getattr(a, n) for n in a.__all__]; "
+        "import scaling.results; "
+        "print(sorted(m for m in ('torch', 'deepspeed', 'submitit') if m in sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_fitting_loads_no_matplotlib() -> None:
+    code = "import sys; from scaling.analysis import fit_law; print('matplotlib' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+def test_public_names_are_those_listed() -> None:
+    import scaling.analysis as analysis
+
+    assert dir(analysis) == analysis.__all__
+    assert pd.Series(analysis.__all__).is_unique
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = analysis.nothing
