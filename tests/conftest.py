@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from hypothesis import settings
 
 from scaling.data.prepare import prepare
+
+# A machine that others use too makes any deadline on a single example flaky.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 WORDS = ("red", "green", "blue", "oak", "pine", "steel", "glass", "small", "large", "round", "soft")
 
@@ -23,7 +28,7 @@ def missing(reason: str) -> None:
     pytest.skip(reason)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def clue_test_data() -> Path:
     """Folder of the real data, which ``CLUE_TEST_DATA`` names."""
     if not (folder := os.environ.get("CLUE_TEST_DATA")):

@@ -177,7 +177,7 @@ def _publish(staged: Path, final: Path, manifest: dict[str, Any]) -> Path:
         publish(staged / "tasks" / task, final / "tasks" / task)
     merged = {
         **there,
-        **{k: manifest[k] for k in ("recipe", "corpus_file", "sources")},
+        **{k: manifest[k] for k in ("recipe", "corpus_file", "sources", "steps", "software")},
         **{k: {**there[k], **manifest[k]} for k in ("tasks", "task_recipes", "files")},
     }
     write_json(final / "manifest.json", merged)

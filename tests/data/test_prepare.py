@@ -1,0 +1,282 @@
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pytest
+
+from scaling.config import ConfigError
+from scaling.data.corpus import Corpus, CorpusError
+from scaling.data.logs import clean_text
+from scaling.data.prepare import find_prepared, prepare, read_card
+from scaling.data.recipe import read_corpus_file
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def edited(root, old, new):
+    """Change the corpus file of a tiny corpus."""
+    path = root / "tiny.toml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return path
+
+
+def left(root):
+    """What preparation left on disk, hidden files too."""
+    return sorted(p.name for p in (root / "corpora").iterdir())
+
+
+def test_doing_it_again_is_a_no_op(tiny_corpus):
+    root = tiny_corpus()
+    path = prepare(root / "tiny.toml", root)  # the copied logs have another path: done once more
+    before = {p: p.stat().st_mtime_ns for p in path.rglob("*")}
+    stages = []
+    assert prepare(root / "tiny.toml", root, progress=lambda *a: stages.append(a)) == path
+    assert not stages
+    assert {p: p.stat().st_mtime_ns for p in path.rglob("*")} == before
+    assert left(root) == [path.name]
+
+
+def test_content_decides_the_digest(tiny_corpus):
+    root = tiny_corpus()
+    first = find_prepared(root, root / "tiny.toml")
+    lines = (root / "logs.csv").read_text().splitlines()
+    header, rows = lines[0], lines[1:]
+    # Rows of one time keep their order; all else may come in any.
+    rows = sorted(rows, key=lambda r: r.split(",")[3])
+    (root / "logs.csv").write_text("\n".join([header, *rows]) + "\n")
+    assert prepare(root / "tiny.toml", root) == first.path
+    (root / "logs.csv").write_text("\n".join([header, *rows[1:]]) + "\n")
+    assert prepare(root / "tiny.toml", root) != first.path
+    with pytest.raises(CorpusError, match="several states of its source"):
+        find_prepared(root, root / "tiny.toml")
+    assert len(left(root)) == 2
+
+
+@pytest.mark.slow
+def test_threads_do_not_change_the_content(tiny_corpus):
+    root = tiny_corpus()
+    expected = find_prepared(root, root / "tiny.toml").path.name
+    program = textwrap.dedent(
+        """
+        import sys, ibis
+        from pathlib import Path
+        import scaling.data.scratch as scratch
+        connect = ibis.duckdb.connect
+        scratch.ibis.duckdb.connect = lambda *a, **k: connect(*a, threads=int(sys.argv[2]), **k)
+        from scaling.data.prepare import prepare
+        print(prepare(Path(sys.argv[1]) / "tiny.toml", Path(sys.argv[1]) / sys.argv[2]).name)
+        """
+    )
+    for threads in ("1", "5"):
+        out = subprocess.run(
+            [sys.executable, "-c", program, str(root), threads],
+            env={**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert out.stdout.strip() == expected
+
+
+def test_a_task_is_added_beside_the_corpus(tiny_corpus):
+    root = tiny_corpus()
+    first = find_prepared(root, root / "tiny.toml")
+    path = edited(
+        root, "[tasks.beauty]", '[tasks.garden]\nservice = "garden"\nnegatives = 3\n[tasks.beauty]'
+    )
+    assert prepare(path, root) == first.path
+    corpus = Corpus.open(first.path)
+    corpus.verify()
+    assert list(corpus.manifest["tasks"]) == ["beauty", "books", "garden"]
+    for task, digest in first.manifest["tasks"].items():
+        assert corpus.manifest["tasks"][task] == digest
+    edited(root, "negatives = 3", "negatives = 4")
+    with pytest.raises(CorpusError, match="there is a task 'garden' of other content"):
+        prepare(path, root)
+    assert left(root) == [first.path.name]
+    Corpus.open(first.path).verify()
+
+
+def test_cards(tiny_corpus):
+    root = tiny_corpus()
+    card = read_card(root / "tiny.toml", root)
+    assert card.digest == find_prepared(root, root / "tiny.toml").card.digest
+    with pytest.raises(CorpusError, match=r"not prepared below .*; run: clue-scaling prepare"):
+        read_card(root / "tiny.toml", root / "elsewhere")
+    assert find_prepared(root / "elsewhere", root / "tiny.toml") is None
+    paper = read_card(REPOSITORY / "sweeps/corpora/paper.toml", root)
+    assert paper.digest is None
+    assert paper.pool is None
+    assert paper.n_users == 11_294_122
+    assert paper.vocab_size == 50_257
+    tokens = np.dot(paper.tokens_per_item, range(33))
+    assert tokens * 5_313_992_425 == pytest.approx(50_741_643_225, rel=1e-6)
+    for shares in paper.items_per_user.values():
+        assert len(shares) == 513
+        assert sum(shares) == pytest.approx(1)
+        assert shares[0] == 0
+    with pytest.raises(CorpusError, match="a nominal corpus has no logs"):
+        prepare(REPOSITORY / "sweeps/corpora/paper.toml", root)
+
+
+def test_the_nominal_mean_is_that_of_the_counts():
+    """Sampling the same lognormal gives the paper's behaviours and the card's shares."""
+    card = read_card(REPOSITORY / "sweeps/corpora/paper.toml", Path("."))
+    shares = np.array(card.items_per_user["search"])
+    rng = np.random.default_rng(0)
+    normal = 1.2 * rng.standard_normal(400_000)
+    low, high = 0.0, 10.0
+    mean = 5_313_992_425 / 11_294_122 / 2
+    for _ in range(50):
+        middle = (low + high) / 2
+        draws = np.maximum(1, np.round(np.exp(middle + normal)))
+        low, high = (middle, high) if draws.mean() < mean else (low, middle)
+    counts = np.bincount(np.minimum(draws, 512).astype(int), minlength=513) / len(draws)
+    assert np.abs(counts.cumsum() - shares.cumsum()).max() < 0.005
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error", "message"),
+    [
+        ('"logs.csv"', '"gone.csv"', CorpusError, r"gone\.csv: no such file"),
+        ('"what"', '"title"', CorpusError, "has no column 'title'; its columns"),
+        ("pool = 16", "pool = 900", CorpusError, "users.pool = 900 leave none for pretraining"),
+        ("pool = 16", "pol = 16", ConfigError, "unknown key 'users.pol'; valid keys: "),
+        ('"beauty"]', '"toys"]', ConfigError, "valid services: books, garden, toys"),
+        ("negatives = 5", "negatives = 900", CorpusError, "touched all but"),
+        (
+            'service = "beauty"',
+            'service = "books"',
+            ConfigError,
+            "would test on logs of pretraining",
+        ),
+        ("downstream = 0.3", "downstream = 0.0", ConfigError, "needs users.downstream > 0"),
+        ("[tokenizer]", "[logs]\nmin_rating = 4\n[tokenizer]", CorpusError, "no log has a rating"),
+        ("targets = 2", "targets = 200", CorpusError, "task 'books': no user has the 200 targets"),
+    ],
+)
+def test_bad_corpus_files(tiny_corpus, old, new, error, message):
+    root = tiny_corpus()
+    before = left(root)
+    path = edited(root, old, new)
+    with pytest.raises(error, match=message):
+        prepare(path, root)
+    assert left(root) == before
+
+
+def test_bad_logs(tiny_corpus):
+    root = tiny_corpus()
+    before, path, logs = left(root), root / "tiny.toml", root / "logs.csv"
+    whole = logs.read_text()
+    logs.write_text(whole + "u1,books,red book,soon\nu1,,x,1\n")
+    lines = whole.count("\n")
+    with pytest.raises(CorpusError) as e:
+        prepare(path, root)
+    assert f"2 of {lines + 1} rows are malformed, more than logs.max_malformed = 0.0:" in str(
+        e.value
+    )
+    assert f"{logs}:{lines + 1}: not a time: 'soon'" in str(e.value)
+    assert f"{logs}:{lines + 2}: no service" in str(e.value)
+    assert left(root) == before
+    edited(root, "[users]", "[logs]\nmax_malformed = 0.01\n[users]")
+    counted = Corpus.open(prepare(path, root)).manifest["steps"][0]
+    assert counted == {"step": "read", "logs": lines + 1, "malformed": 2}
+    before = left(root)
+
+    logs.write_text("who,where,what,when\n")
+    with pytest.raises(CorpusError, match="its source has no logs"):
+        prepare(path, root)
+    logs.write_text("who,where,what,when\nu1,books,a,1\nu1,beauty,a,1\n")
+    with pytest.raises(CorpusError, match="service 'garden' has no logs left"):
+        prepare(path, root)
+    logs.write_text("who,where,what,when\nu1,books,a,1\nu2,garden,a,1\nu3,beauty,a,1\n")
+    with pytest.raises(CorpusError, match="no user has 1 or more logs in each of the services"):
+        prepare(path, root)
+    assert left(root) == before
+
+
+@pytest.mark.slow
+def test_a_limit_on_file_sizes(tiny_corpus):
+    """A limit on the size of files, at which a write fails as on a full disk."""
+    root = tiny_corpus()
+    program = textwrap.dedent(
+        """
+        import resource, sys
+        from pathlib import Path
+        from scaling import ClueError
+        from scaling.data.prepare import prepare
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+        try:
+            prepare(Path(sys.argv[1]) / "tiny.toml", Path(sys.argv[1]) / "full")
+        except ClueError as e:
+            print(e)
+        else:
+            print("published")
+        """
+    )
+    said = set()
+    for limit in (1_000, 400_000):
+        out = subprocess.run(
+            [sys.executable, "-c", program, str(root), str(limit)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        said.add("nothing was published" in out.stdout)
+        assert left(Path(root) / "full") == []
+    assert said == {True}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_full_tmpfs(tiny_corpus, tmp_path):
+    root = tiny_corpus()
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs here: {mounted.stderr.decode().strip()}")
+    try:
+        with pytest.raises(CorpusError, match="nothing was published"):
+            prepare(root / "tiny.toml", small)
+        assert left(small) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_an_error_of_the_database_is_told(tiny_corpus, monkeypatch):
+    root = tiny_corpus()
+    before = left(root)
+
+    def broken(*args):
+        raise duckdb.IOException("no space left")
+
+    monkeypatch.setattr("scaling.data.prepare.build", broken)
+    edited(root, "vocab_size = 320", "vocab_size = 321")
+    with pytest.raises(CorpusError, match="no space left; nothing was published"):
+        prepare(root / "tiny.toml", root)
+    assert left(root) == before
+
+
+def test_recipes():
+    """Name and tasks are not part of what decides tokenizer, items and users."""
+    path = REPOSITORY / "sweeps/corpora/food_kitchen.toml"
+    file = read_corpus_file(path)
+    assert file.recipe == file.model_copy(update={"name": "other", "tasks": {}}).recipe
+    users = file.users.model_copy(update={"salt": "x"})
+    assert file.recipe != file.model_copy(update={"users": users}).recipe
+    assert file.task_recipe("food") != file.task_recipe("kitchen")
+    json.dumps(file.model_dump(mode="json"))
+
+
+def test_clean_text():
+    assert clean_text("&amp;quot;Tea&amp;quot;\n&#9733;\t x") == '"Tea" ★ x'
+    assert clean_text(" &nbsp; ") == ""
