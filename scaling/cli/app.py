@@ -91,10 +91,11 @@ def planned_runs(
         ConfigError, CorpusError: the sweep or its corpus cannot be used.
         SweepError: the corpus is nominal, and ``nominal`` does not allow it.
     """
-    from scaling.data.prepare import read_card
     from scaling.sweeps import Grid, sweep_id
 
-    grid = Grid.read(sweep)
+    grid = Grid.read(sweep)  # before the import below, which takes a second
+    from scaling.data.prepare import read_card
+
     card = read_card(grid.corpus, root)
     runs = grid.runs(card)
     if not nominal:

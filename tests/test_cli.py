@@ -1,0 +1,434 @@
+"""The verbs as people call them: help, errors, exit statuses, and the way from logs to figures."""
+
+import csv
+import errno
+import json
+import os
+import pty
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TinyCorpus
+from typer.testing import CliRunner, Result
+
+import scaling
+from scaling.cli import app
+from scaling.cli.app import VERBS
+from scaling.cli.terminal import cell, print_table, progress
+from scaling.sweeps import PLAN_COLUMNS
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = [v for v in VERBS if v != "corpus"] + ["corpus info", "corpus verify"]
+SWEEP = """
+name = "study"
+figure = "none"
+source = "a test"
+corpus = "tiny.toml"
+[base]
+model = "1x8"
+batch_size = 8
+steps = 20
+evaluations = 2
+[grid]
+items_per_user = [2, 3, 4]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_root_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CLUE_ROOT", raising=False)
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(w) for w in words])
+
+
+def refused(*words: object) -> str:
+    """What a call says that is refused: status 2, nothing on stdout, one paragraph on stderr."""
+    result = call(*words)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    assert "\n\n" not in result.stderr
+    return result.stderr
+
+
+@pytest.fixture
+def study(tiny_corpus: TinyCorpus) -> Path:
+    """Root folder with a prepared corpus, a sweep of three runs and a local cluster profile."""
+    root = tiny_corpus(users=64)
+    (root / "study.toml").write_text(SWEEP)
+    (root / "local.toml").write_text('name = "here"\nexecutor = "local"\nmax_parallel = 1\n')
+    return root
+
+
+def tree(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ---- help and start -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_every_verb_has_help_with_an_example(verb: str) -> None:
+    result = call(*verb.split(), "--help")
+    assert result.exit_code == 0
+    example = result.output[result.output.index("Example:") :].splitlines()[1]
+    words = shlex.split(example)
+    assert words[: 1 + len(verb.split())] == ["clue-scaling", *verb.split()]
+
+
+def test_the_verbs_are_listed_in_the_order_of_the_work() -> None:
+    result = call("--help")
+    lines = result.output.split("Commands:\n")[1].splitlines()
+    assert [line.split()[0] for line in lines] == list(VERBS)
+    assert not any(line.endswith("...") for line in lines)
+
+
+def test_without_a_verb_there_is_help() -> None:
+    result = call()
+    assert "Commands:" in result.output
+
+
+def test_the_version_is_told() -> None:
+    assert call("--version").stdout == f"clue-scaling {scaling.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "absent"),
+    [
+        (["--help"], "torch deepspeed ibis duckdb pandas pyarrow scipy numpy pydantic matplotlib"),
+        (["plan", "sweeps/best.toml"], "torch deepspeed matplotlib submitit"),
+        (["status", "none.toml"], "torch deepspeed ibis duckdb pandas scipy matplotlib"),
+        (["figures", "none.toml"], "torch deepspeed ibis duckdb"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_what_a_verb_does_not_need_is_not_loaded(words: list[str], absent: str) -> None:
+    code = f"""
+import sys
+sys.argv = ["clue-scaling", *{words!r}]
+from scaling.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+print("LOADED", *[m for m in {absent.split()!r} if m in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.splitlines()[-1] == "LOADED"
+
+
+def test_the_installed_command_is_this_one() -> None:
+    script = Path(sys.executable).parent / "clue-scaling"
+    for command in ([script], [sys.executable, "-m", "scaling.cli"]):
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, cwd=ROOT)
+        assert done.stdout == f"clue-scaling {scaling.__version__}\n"
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+def test_a_missing_file_is_named() -> None:
+    for verb in ("plan", "status", "cancel", "collect", "figures", "fit"):
+        assert "no/such.toml: no such file" in refused(verb, "no/such.toml")
+    assert "no/such.toml" in refused("prepare", "no/such.toml")
+    assert "no/such.toml: no such file" in refused("doctor", "no/such.toml")
+
+
+def test_an_unknown_key_is_named_with_the_valid_ones(study: Path) -> None:
+    (study / "study.toml").write_text(SWEEP.replace("batch_size", "batchsize"))
+    said = refused("plan", study / "study.toml", "--root", study)
+    assert "study.toml: base: unknown key 'batchsize'; valid keys: model" in said
+
+
+def test_an_unprepared_corpus_says_how_to_prepare_it(study: Path, tmp_path: Path) -> None:
+    said = refused("plan", study / "study.toml", "--root", tmp_path / "empty")
+    assert f"clue-scaling prepare {study / 'tiny.toml'}" in said
+    assert not (tmp_path / "empty").exists()
+
+
+def test_a_nominal_corpus_is_planned_and_not_submitted(study: Path) -> None:
+    sweep = ROOT / "sweeps" / "best.toml"
+    result = call("plan", sweep)
+    assert result.exit_code == 0
+    assert "1 runs on corpus paper, nominal" in result.output
+    assert "paper's formula: 0.4411 PF-days" in result.output
+    for verb in ("status", "cancel", "collect"):
+        assert "corpus is nominal" in refused(verb, sweep, "--root", study)
+    cluster = ["--cluster", study / "local.toml", "--root", study]
+    assert "corpus is nominal" in refused("submit", sweep, *cluster)
+
+
+def test_what_was_never_submitted_says_so(study: Path) -> None:
+    said = refused("cancel", study / "study.toml", "--root", study)
+    assert "none of its 3 runs was submitted" in said
+    assert "clue-scaling submit" in said
+    assert "no run has a key" in refused("logs", "abcd", "--root", study)
+
+
+def test_figures_before_collect_and_fit_say_what_is_missing(study: Path) -> None:
+    where = ["--results", study / "results"]
+    assert "clue-scaling collect" in refused("figures", study / "study.toml", *where)
+    assert call("collect", study / "study.toml", "--root", study, *where).exit_code == 0
+    assert "clue-scaling fit" in refused("figures", study / "study.toml", *where)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "/x/y: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), "writing: No space left on device"),
+    ],
+)
+def test_a_full_disk_needs_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, study: Path, error: OSError, said: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("scaling.results.collect", fail)
+    assert refused("collect", study / "study.toml", "--root", study) == f"error: {said}\n"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, study: Path) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("scaling.results.collect", fail)
+    result = call("collect", study / "study.toml", "--root", study)
+    assert isinstance(result.exception, KeyError)
+
+
+def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch, study: Path) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scaling.results.collect", interrupted)
+    result = call("collect", study / "study.toml", "--root", study)
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+
+
+# ---- before anything ran ------------------------------------------------------------------------
+
+
+def test_plan_prints_a_plain_list_of_rows(study: Path) -> None:
+    before = tree(study)
+    result = call("plan", study / "study.toml", "--root", study, "--json")
+    rows = json.loads(result.stdout)
+    assert [tuple(row) for row in rows] == [tuple(PLAN_COLUMNS)] * 3
+    assert [row["items_per_user"] for row in rows] == [2, 3, 4]
+    assert tree(study) == before
+
+
+def test_plan_shows_rows_and_sums(study: Path) -> None:
+    rows = json.loads(call("plan", study / "study.toml", "--root", study, "--json").stdout)
+    said = call("plan", study / "study.toml", "--root", study).stdout
+    header, *lines = said.splitlines()
+    assert {"items_per_user", "items_per_user_mean", "epochs", "users_seen"} <= set(header.split())
+    assert [line.split()[0] for line in lines[:3]] == [row["run_key"] for row in rows]
+    for column in ("flops", "flops_exact", "pf_days", "pf_days_exact"):
+        assert f"{sum(row[column] for row in rows):.4g}" in said
+
+
+def test_the_root_comes_from_the_option_then_the_environment(
+    study: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CLUE_ROOT", str(study))
+    assert call("plan", study / "study.toml").exit_code == 0
+    refused("plan", study / "study.toml", "--root", tmp_path / "other")
+
+
+def test_a_corpus_is_looked_into(study: Path) -> None:
+    [corpus] = json.loads(call("corpus", "info", "tiny", "--root", study, "--json").stdout)
+    assert corpus["name"] == "tiny"
+    assert corpus["digest"] in call("corpus", "info", corpus["digest"], "--root", study).stdout
+    assert "whole" in call("corpus", "verify", "tiny", "--root", study).stdout
+    tokens = Path(corpus["path"]) / "items" / "tokens.npy"
+    data = bytearray(tokens.read_bytes())
+    data[-1] ^= 1
+    tokens.write_bytes(data)
+    assert "tokens.npy" in refused("corpus", "verify", "tiny", "--root", study)
+    assert "no corpus 'huge'; prepared: tiny-" in refused("corpus", "info", "huge", "--root", study)
+
+
+def test_preparing_again_prints_the_same_folder(study: Path) -> None:
+    call("prepare", study / "tiny.toml", "--root", study)
+    before = tree(study / "corpora")
+    result = call("prepare", study / "tiny.toml", "--root", study)
+    assert Path(result.stdout.strip()).is_dir()
+    assert tree(study / "corpora") == before
+
+
+def test_a_dry_run_leaves_no_trace(study: Path) -> None:
+    before = tree(study)
+    cluster = ["--cluster", study / "local.toml", "--root", study]
+    result = call("submit", study / "study.toml", *cluster, "--dry-run")
+    assert "would submit 3 of 3 runs" in result.stdout
+    assert tree(study) == before
+
+
+def test_a_run_that_does_not_fit_the_profile_stops_before_the_first(study: Path) -> None:
+    with (study / "local.toml").open("a") as f:
+        f.write("[shape]\ntasks_per_node = 3\n")
+    before = tree(study)
+    cluster = ["--cluster", study / "local.toml", "--root", study]
+    assert "batch_size = 8" in refused("submit", study / "study.toml", *cluster)
+    assert tree(study) == before
+
+
+def test_what_nobody_submitted_is_planned(study: Path) -> None:
+    rows = json.loads(call("status", study / "study.toml", "--root", study, "--json").stdout)
+    assert [row["state"] for row in rows] == ["PLANNED"] * 3
+    assert "3 runs: 3 PLANNED" in call("status", study / "study.toml", "--root", study).stdout
+
+
+def test_collect_counts_what_is_not_there(study: Path) -> None:
+    where = ["--root", study, "--results", study / "results"]
+    result = call("collect", study / "study.toml", *where)
+    assert "3 runs (3 PLANNED), 0 with a loss" in result.stdout
+    assert "incomplete: 3" in result.stdout
+
+
+def test_a_law_is_fitted_to_any_table(tmp_path: Path) -> None:
+    with open(tmp_path / "points.csv", "w", newline="") as f:
+        out = csv.writer(f)
+        out.writerow(["c", "l"])
+        out.writerows([[x, 2 * x**-0.25] for x in (1e-3, 1e-2, 1e-1, 1, 10, 100)])
+    words = ["fit", tmp_path / "points.csv", "--x", "c", "--y", "l", "--n-boot", 50]
+    law = json.loads(call(*words, "--json").stdout)
+    assert law["params"]["exponent"] == pytest.approx(0.25, abs=1e-6)
+    assert "exponent" in call(*words).stdout
+    assert "nothing" in refused("fit", tmp_path / "points.csv", "--x", "nothing")
+    assert "none.csv: no such file" in refused("fit", tmp_path / "none.csv")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    assert "torn.parquet: not a readable table" in refused("fit", tmp_path / "torn.parquet")
+
+
+def test_doctor_has_a_word_on_every_question(study: Path) -> None:
+    words = ["doctor", study / "local.toml", "--root", study]
+    findings = json.loads(call(*words, "--json").stdout)
+    assert {"check", "level", "found", "advice"} == set(findings[0])
+    assert "root folder" in call(*words).stdout
+
+
+# ---- running ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_whole_way(tiny_corpus: TinyCorpus) -> None:
+    root = tiny_corpus(users=200)
+    sweep, where = root / "study.toml", ["--root", root, "--results", root / "results"]
+    sweep.write_text(SWEEP)
+    (root / "local.toml").write_text('name = "here"\nexecutor = "local"\nmax_parallel = 3\n')
+    cluster = ["--cluster", root / "local.toml", "--root", root]
+    result = call("submit", sweep, *cluster, "--watch")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == "3 runs: 3 DONE"
+    assert call("submit", sweep, *cluster).stdout == "3 runs: 3 DONE\n"
+    assert "would submit 0 of 3 runs" in call("submit", sweep, *cluster, "--dry-run").stdout
+    assert call("sync", sweep, *cluster).stdout == "3 runs: 3 DONE\n"
+    rows = json.loads(call("status", sweep, "--root", root, "--json").stdout)
+    assert [(r["state"], r["step"], r["attempts"]) for r in rows] == [("DONE", 20, 1)] * 3
+    key = rows[0]["run_key"]
+    assert "==> " in call("logs", key[:6], "--root", root).stdout
+    assert key in call("train", key, "--root", root).stdout
+    assert "cancelled 0 of 3 runs" in call("cancel", sweep, "--root", root).stdout
+    result = call("transfer", sweep, "--root", root, "--folds", 2)
+    assert "popularity" in result.stdout
+    one = json.loads(
+        call("transfer", key, "--root", root, "--folds", 2, "--task", "books", "--json").stdout
+    )
+    assert {(r["run_key"], r["task"]) for r in one} == {(key, "books")}
+    assert "3 runs (3 DONE), 3 with a loss" in call("collect", sweep, *where).stdout
+    result = call("fit", sweep, "--results", root / "results", "--n-boot", 20)
+    assert result.exit_code == 0, result.output
+    assert "3 of 3 runs fitted" in result.stdout
+    drawn = call("figures", sweep, "--results", root / "results").stdout.splitlines()
+    assert drawn
+    assert all(Path(path).stat().st_size > 1000 for path in drawn)
+
+
+@pytest.mark.slow
+def test_ctrl_c_commits_a_checkpoint_and_training_goes_on(study: Path) -> None:
+    (study / "study.toml").write_text(SWEEP.replace("steps = 20", "steps = 2000"))
+    rows = json.loads(call("plan", study / "study.toml", "--root", study, "--json").stdout)
+    key = rows[0]["run_key"]
+    words = ["train", key, "--sweep", str(study / "study.toml"), "--root", str(study)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "scaling.cli", *words], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as job:
+        metrics = study / "runs" / key[:2] / key / "metrics" / "1.jsonl"
+        while not (metrics.exists() and b'"train"' in metrics.read_bytes()):
+            assert job.poll() is None, job.stderr.read() if job.stderr else ""
+            time.sleep(0.05)
+        job.send_signal(signal.SIGINT)
+        _, said = job.communicate(timeout=120)
+    assert job.returncode == 130
+    assert "stopped after a checkpoint" in said
+    assert "Traceback" not in said
+    assert list(metrics.parent.parent.glob("ckpt/step-*/COMMITTED"))
+
+
+# ---- what people see ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "-"), (True, "yes"), (False, "no"), (162219601, "162,219,601"), (0.0, "0"),
+     (0.0369139, "0.03691"), (3.189e18, "3.189e+18"), ("DONE", "DONE")],
+)  # fmt: skip
+def test_cells(value: object, shown: str) -> None:
+    assert cell(value) == shown
+
+
+def test_a_plain_table_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table([{"name": "a", "n": 1000}, {"name": "bcdef", "n": None}], ["name", "n"])
+    assert capsys.readouterr().out == "name       n\na      1,000\nbcdef      -\n"
+
+
+def test_plain_progress_tells_stages_and_tenths(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("train") as update:
+        for step in range(1, 101):
+            update(step, 100, 0.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "train: 100/100 0.5"
+
+
+def on_a_terminal(*words: object) -> Iterator[str]:
+    """Output of a call whose stdout and stderr are a terminal of 200 columns."""
+    controller, terminal = pty.openpty()
+    environment = {**os.environ, "COLUMNS": "200", "TERM": "xterm-256color"}
+    command = [sys.executable, "-m", "scaling.cli", *map(str, words)]
+    with subprocess.Popen(
+        command, stdout=terminal, stderr=terminal, cwd=ROOT, env=environment
+    ) as job:
+        os.close(terminal)
+        while True:
+            try:
+                if not (chunk := os.read(controller, 4096)):
+                    break
+            except OSError:  # Linux's end of file on a terminal
+                break
+            yield chunk.decode()
+        assert job.wait() == 0
+    os.close(controller)
+
+
+def test_a_terminal_gets_a_rich_table(study: Path) -> None:
+    said = "".join(on_a_terminal("plan", study / "study.toml", "--root", study))
+    rows = json.loads(call("plan", study / "study.toml", "--root", study, "--json").stdout)
+    assert all(row["run_key"] in said for row in rows)
+    assert "\x1b[1m" in said
