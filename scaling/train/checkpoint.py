@@ -10,7 +10,10 @@ DeepSpeed's accessors, so any ZeRO stage and number of ranks can continue from i
 It is filled under a temporary name, flushed, and appears by one rename (``scaling.files``).
 """
 
+import errno
 import logging
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -146,8 +150,8 @@ def _write(
             file = folder / f"{name}.safetensors"
             try:
                 save_file(tensors[name], file)
-            except Exception as e:  # safetensors wraps the OSError of a full disk in its own type
-                raise OSError(f"{file}: could not be written: {e}") from e
+            except SafetensorError as e:
+                raise _os_error(e, file) from e
             files[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
         write_json(
             folder / "manifest.json",
@@ -163,6 +167,13 @@ def _write(
         )
         write_bytes(folder / "COMMITTED", sha256(folder / "manifest.json").encode())
         run.fence(generation)
+
+
+def _os_error(error: SafetensorError, file: Path) -> OSError:
+    """The operating system's error inside safetensors' own, so that a full disk is told."""
+    found = re.search(r"os error (\d+)", str(error))
+    number = int(found.group(1)) if found else errno.EIO
+    return OSError(number, f"{os.strerror(number)} ({error})", str(file))
 
 
 def restore(checkpoint: Checkpoint, engine: Any) -> None:

@@ -149,7 +149,7 @@ def train(
             loss.backward()  # type: ignore[no-untyped-call]
             engine.backward(_surrogate(own, everyone, model.logit_scale, logit_scale, ranks))
             logged = (step + 1) % log_every == 0 or step + 1 == steps
-            norm = _unpartitioned_norm(engine) if logged else None
+            unpartitioned = _unpartitioned_norm(engine) if logged else None
             engine.step()
             step += 1
             counters.add(batch)
@@ -162,7 +162,9 @@ def train(
                 log.warning("loss is not finite after step %d: the run has diverged", step)
                 return _finish(run, generation, config, ranks, counters, "diverged", step)
             if logged:
-                norm = float(engine.get_global_grad_norm() if norm is None else norm)
+                norm = float(
+                    engine.get_global_grad_norm() if unpartitioned is None else unpartitioned
+                )
                 record(
                     "train",
                     {

@@ -110,6 +110,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint_whole(stopped, corpus, 
         check=False,
     )
     assert done.returncode != 0
+    assert "OSError: [Errno 27] File too large" in done.stderr
     assert "params.safetensors" in done.stderr
     assert checkpoint.newest(stopped).step == 12
     assert not list(stopped.path.glob("ckpt/.tmp-*"))
