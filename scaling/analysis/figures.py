@@ -205,9 +205,9 @@ def _law(ax: Axes, fit: PowerLawFit | Mapping[str, Any], x: str, extend: float) 
         curve, exponent = pd.DataFrame(fit["curve"]), float(fit["params"]["exponent"])
         interval = fit["ci95"] and tuple(fit["ci95"]["exponent"])
         curve = curve[curve[x] <= fit["range"][x][1] * extend * (1 + 1e-9)]
-    label = f"exponent {exponent:.3g}"
+    label = f"exponent {exponent:#.3g}"
     if interval is not None:
-        label += f"\n95 %: {interval[0]:.3g} to {interval[1]:.3g}"
+        label += f"\n95 %: {interval[0]:#.3g} to {interval[1]:#.3g}"
     outside = curve["extrapolated"].to_numpy(dtype=bool)
     ax.plot(curve[x][~outside], curve["y"][~outside], color="C1", label=label, zorder=2.8)
     if outside.any():

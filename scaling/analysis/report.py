@@ -33,6 +33,8 @@ DELTAS = (1e-4, 1e-2, float("inf"))
 """Knees of the Huber loss that the headline is repeated with; infinity is least squares."""
 FACTORS = ("n_total", "batch_size", "items_per_user", "users_seen")
 """Factors of the joint law; those that a sweep does not vary are left out, with the reason."""
+JOINT_DRAWS = 400
+"""At most so many bootstrap draws for the joint law, the slow fit: enough for a verdict."""
 
 
 def study(
@@ -182,7 +184,7 @@ def _joint(runs: pd.DataFrame, n_boot: int, seed: int, delta: float) -> dict[str
         try:
             fit = fit_law(
                 runs, factors=factors, y="loss", irreducible=floor, delta=delta,
-                n_boot=n_boot, seed=seed,
+                n_boot=min(n_boot, JOINT_DRAWS), seed=seed,
             )  # fmt: skip
         except FitError as e:
             out[name] = {"fit": None, "failed": str(e)}

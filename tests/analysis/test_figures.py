@@ -54,7 +54,7 @@ def test_loss_against_compute_shows_every_run_frontier_law_and_chance(
     assert "compute frontier" in labels
     assert "chance (ln pool)" in labels
     assert "floor of the world" in labels
-    assert any(label.startswith("exponent 0.06\n95 %: ") for label in labels)
+    assert any(label.startswith("exponent 0.0600\n95 %: ") for label in labels)
     bands = [c for c in ax.collections if isinstance(c, PolyCollection)]
     assert len(bands) == 1
     dotted = [line for line in ax.lines if line.get_linestyle() == ":"]
