@@ -56,7 +56,7 @@ from scaling.config import Count, Fraction, Frozen, Name
 from scaling.packing import spans
 
 Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 Words = NDArray[np.uint64]
 
 SYLLABLES = [c + v for c in "bdfghjklmnprstvz" for v in "aeiou"]
@@ -153,8 +153,9 @@ def _zipf(config: Config, n: int, purpose: int, *counters: Any) -> Ints:
 
 def zipf_law(n: int, exponent: float) -> Floats:
     """Probabilities of ranks 1..n, proportional to ``rank ** -exponent``. [n]"""
-    weights: Floats = np.exp(-exponent * np.log(np.arange(1.0, n + 1)))
-    return weights / weights.sum()
+    weights: Floats = np.arange(1, n + 1, dtype=np.float64) ** -exponent
+    law: Floats = weights / weights.sum()
+    return law
 
 
 # --- users and their logs -------------------------------------------------------------------------
@@ -236,10 +237,10 @@ def texts_of(config: Config, service: int) -> list[str]:
 @cache
 def _vocabulary(config: Config) -> tuple[Any, Any]:
     """Naming words [services, shelves * synonyms] and words that say nothing
-    [services, distractor_words]: distinct words of three or more syllables."""
+    [services, distractor_words]: distinct words of two or more syllables."""
     services, naming = len(config.services), config.shelves * config.synonyms
     n = services * (naming + config.distractor_words)
-    syllables = 3
+    syllables = 2
     while len(SYLLABLES) ** syllables < 4 * n:
         syllables += 1
     numbers = _bits(config, WORD, np.arange(2 * n)) % np.uint64(len(SYLLABLES) ** syllables)
@@ -343,32 +344,52 @@ def pool_floor(
     """
     if n_pools < 2:
         raise ValueError(f"n_pools = {n_pools}: a standard error needs at least 2")
-    losses = np.empty(n_pools)
-    for i in range(n_pools):
+    losses: list[float] = []
+    at_once = max(1, BLOCK // pool_size)  # pools
+    while len(losses) < n_pools:
+        pools = seed * n_pools + len(losses) + np.arange(min(at_once, n_pools - len(losses)))
         # Far beyond any corpus, so that no user of a corpus is among them.
-        users = 2**62 + (seed * n_pools + i) * pool_size + np.arange(pool_size)
-        losses[i] = pool_loss(log_ratio(config, users, items_per_user))
-    return Floor(float(losses.mean()), float(losses.std(ddof=1) / np.sqrt(n_pools)), n_pools)
+        users = 2**62 + pools[:, None] * pool_size + np.arange(pool_size)
+        losses += [pool_loss(ratio) for ratio in log_ratio(config, users, items_per_user)]
+    mean, deviation = np.mean(losses), np.std(losses, ddof=1)
+    return Floor(float(mean), float(deviation / np.sqrt(n_pools)), n_pools)
 
 
 def log_ratio(config: Config, users: Ints, items_per_user: int) -> Floats:
-    """``ln r(a_i, b_k)`` of the users' views in the first two services. [users, users]"""
+    """``ln r(a_i, b_k)`` of users' views in the first two services.
+
+    Args:
+        users: of each pool. [pools, users]
+        items_per_user: cap S. [items]
+
+    Returns:
+        Row user's view in the first service against column user's in the second.
+        [pools, users, users]
+    """
     prior = zipf_law(config.interests, config.zipf)
-    weight = np.log1p((1 - config.noise) / (config.noise * prior))
-    posteriors = []
-    for service in (0, 1):
-        log = logs_of(config, service, users)
-        seen = np.minimum(np.diff(log.offsets), items_per_user)
-        row = np.repeat(np.arange(len(users)), seen)
-        shelves = log.shelves[spans(log.offsets[1:] - seen, seen)]
-        counts = np.bincount(row * config.shelves + shelves, minlength=len(users) * config.shelves)
-        evidence = counts.reshape(len(users), config.facets, config.interests) * weight
-        joint = evidence + np.log(prior)
-        posteriors.append(np.exp(joint - logsumexp(joint, axis=-1, keepdims=True)))
-    r = np.einsum("ufm,vfm->fuv", posteriors[0] / prior, posteriors[1], optimize=True)
+    first, second = (_posterior(config, s, users.ravel(), items_per_user) for s in (0, 1))
+    shape = (*users.shape, config.facets, config.interests)
+    r = np.einsum(
+        "pufm,pvfm->fpuv", (first / prior).reshape(shape), second.reshape(shape), optimize=True
+    )
     # Where two sure posteriors exclude each other, r underflows; any tiny number says the same.
     ratio: Floats = np.log(np.maximum(r, np.finfo(np.float64).tiny)).sum(axis=0)
     return ratio
+
+
+def _posterior(config: Config, service: int, users: Ints, items_per_user: int) -> Floats:
+    """p(z | most recent items of a service). [users, facets, interests]"""
+    log = logs_of(config, service, users)
+    seen = np.minimum(np.diff(log.offsets), items_per_user)
+    row = np.repeat(np.arange(len(users)), seen)
+    shelves = log.shelves[spans(log.offsets[1:] - seen, seen)]
+    counts = np.bincount(row * config.shelves + shelves, minlength=len(users) * config.shelves)
+    prior = zipf_law(config.interests, config.zipf)
+    weight = np.log1p((1 - config.noise) / (config.noise * prior))
+    evidence = counts.reshape(len(users), config.facets, config.interests) * weight
+    joint = evidence + np.log(prior)
+    posterior: Floats = np.exp(joint - logsumexp(joint, axis=-1, keepdims=True))
+    return posterior
 
 
 def pool_loss(scores: Floats) -> float:
