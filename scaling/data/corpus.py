@@ -232,8 +232,9 @@ class Corpus:
         for service, (offsets, items) in self._users.items():
             folder = self.path / "users" / service
             check_offsets(folder / "offsets.npy", offsets, len(items), n_users)
-            wrong = self.item_service[items] != self.services.index(service)
-            if wrong.any():
+            if int(items.max()) >= self.n_items:
+                raise CorpusError(f"{folder / 'items.npy'}: an item that is not in the table")
+            if (self.item_service[items] != self.services.index(service)).any():
                 raise CorpusError(f"{folder / 'items.npy'}: an item of another service")
 
 
