@@ -87,7 +87,7 @@ class ClusterProfile(Frozen):
     """An ended job's records may reach this host so much later (NFS caches). [seconds]"""
     setup: tuple[ShellLine, ...] = ()
     """Shell lines run before the ranks start (``module load ...``). This is code: it runs as
-    written."""
+    written. Not for ``local``: start the command in the environment that runs need."""
     train: TrainSettings = TrainSettings()
     """How a run is trained where that does not change its numbers."""
 
@@ -103,11 +103,8 @@ class ClusterProfile(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.executor == "local":
-            given = [
-                k
-                for k in ("partition", "account", "qos", "constraint", "exclude")
-                if getattr(self, k) is not None
-            ]
+            words = ("partition", "account", "qos", "constraint", "exclude", "setup")
+            given = [k for k in words if getattr(self, k)]
             if given:
                 raise ValueError(f"executor = 'local' has no {', '.join(given)}")
             if self.shape.nodes > 1 or any((r.nodes or 1) > 1 for r in self.larger):

@@ -30,7 +30,7 @@ from scaling.rundir import RunDir
 from scaling.slurm.job import chunk_folder, run_job
 from scaling.slurm.profile import ClusterProfile, Shape
 from scaling.slurm.scheduler import command, process_identity
-from scaling.slurm.state import Facts
+from scaling.slurm.state import Facts, State, Verdict
 
 log = logging.getLogger(__name__)
 _STARTED: list[Any] = []
@@ -39,7 +39,11 @@ SWEEP = re.compile(r"[a-z0-9][a-z0-9_-]{0,80}")
 
 
 class SubmissionError(ClueError):
-    """The scheduler refused a submission, or cannot be asked."""
+    """The scheduler refused a submission."""
+
+
+class Unreachable(SubmissionError):
+    """The scheduler does not answer; nothing was submitted."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Candidate:
     run: RunDir
     config: RunConfig
     facts: Facts
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -109,11 +114,11 @@ def array_size(profile: ClusterProfile) -> int:
     """Most runs of one array: indices of an array stay below the cluster's MaxArraySize.
 
     Raises:
-        SubmissionError: the cluster does not answer.
+        Unreachable: the cluster does not answer.
     """
     ok, output = command("scontrol", "show", "config")
     if not ok:
-        raise SubmissionError(f"nothing submitted: {output}")
+        raise Unreachable(f"nothing submitted: {output}")
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", output, re.MULTILINE)
     allowed = max(1, int(found.group(1)) if found else 1)
     return min(allowed, profile.array_size or allowed)
@@ -131,6 +136,7 @@ def _submit_chunk(
     token = f"{sweep}-{secrets.token_hex(5)}"
     won: list[tuple[RunDir, int]] = []
     for c in chunk:
+        _close(c)
         number = (c.facts.attempts[-1].number if c.facts.attempts else 0) + 1
         intent = {
             "token": token,
@@ -172,6 +178,24 @@ def _submit_chunk(
         run.record(number, "submit", hint)
         done.append(Submitted(run.run_key, number, job_id))
     return done, True
+
+
+def _close(candidate: Candidate) -> None:
+    """Record how the last attempt ended where its job could not, before a new one is made.
+
+    The new job then need not ask Slurm, nor Slurm remember.
+    """
+    verdict, attempts = candidate.verdict, candidate.facts.attempts
+    if attempts and attempts[-1].end is None and verdict.state in (State.FAILED, State.LOST):
+        end = {
+            "class": verdict.cause,
+            "evidence": verdict.evidence,
+            "step": candidate.facts.committed,
+            "generation": max(candidate.run.generations(), default=0),
+            "host": socket.gethostname(),
+            "time": time.time(),
+        }
+        candidate.run.record(attempts[-1].number, "end", end)
 
 
 def _cancelled_meanwhile(candidate: Candidate) -> bool:
@@ -306,4 +330,5 @@ def _refused(
     if cause == "limit":
         log.warning("at a submit limit; the rest stays planned: %s", message)
         return [], False
-    raise SubmissionError(f"sbatch refused {len(chunk)} runs: {message}")
+    error = Unreachable if cause == "unreachable" else SubmissionError
+    raise error(f"sbatch refused {len(chunk)} runs: {message}")

@@ -6,6 +6,7 @@ safe. On this host (``executor = "local"``) it starts runs as others end, so the
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +19,9 @@ from scaling.rundir import RunDir
 from scaling.slurm.profile import ClusterProfile, safe_root
 from scaling.slurm.scheduler import look
 from scaling.slurm.state import DEFAULT_RULES, Facts, Rules, Snapshot, State, Verdict, derive
-from scaling.slurm.submission import Candidate, Submitted, start_attempts
+from scaling.slurm.submission import Candidate, Submitted, Unreachable, start_attempts
 
+log = logging.getLogger(__name__)
 Row = dict[str, Any]
 WATCH_S = {"slurm": 60.0, "local": 0.5}
 """Between two looks of a watching sync. [seconds]"""
@@ -84,11 +86,18 @@ def sync(
         Status rows, with ``action``.
 
     Raises:
-        SubmissionError: as ``submit``.
+        SubmissionError: as ``submit``; while watching, a scheduler that does not answer is waited
+            for.
     """
     pause = WATCH_S[profile.executor] if interval_s is None else interval_s
     while True:
-        rows = _pass(root, runs, profile, sweep, dry_run=False, retry_failed=False)
+        try:
+            rows = _pass(root, runs, profile, sweep, dry_run=False, retry_failed=False)
+        except Unreachable as e:
+            if not watch:
+                raise
+            log.warning("%s", e)  # a controller that is down for an hour ends no watch
+            rows = status(runs, Rules(profile.quarantine_s, profile.settle_s))
         if report is not None:
             report(rows)
         if not watch or all(row["over"] for row in rows):
@@ -158,7 +167,7 @@ def _pass(
     rules = Rules(profile.quarantine_s, profile.settle_s)
     snapshot, derived = survey(runs, rules)
     wanted = [
-        Candidate(run, run.spec(), facts)
+        Candidate(run, run.spec(), facts, verdict)
         for run, facts, verdict in derived
         if _wanted(verdict, retry_failed)
     ]

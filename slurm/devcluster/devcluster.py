@@ -7,8 +7,8 @@
 Everything it keeps lies in one folder (``--dir``, default ``<repository>/work/devcluster``), which
 may be deleted once the cluster is stopped. Nodes ``gpu1`` and ``gpu2`` are two slurmd on this host
 with 4 CPUs and 8 pretended V100 each; accounting is a slurmdbd on a MariaDB that listens on no
-network. Three daemons' worth of a real cluster need one thing outside the folder: munge's default
-socket, which slurmdbd insists on. That is why ``start`` refuses a machine with a munge of its own.
+network. One thing lies outside the folder: munge's default socket, which slurmdbd insists on. That
+is why ``start`` refuses a machine with a munge of its own.
 
 No systemd is needed, so it works in a container. Standard library only.
 """
@@ -116,14 +116,21 @@ StorageLoc=cluedev
 # processes of ours: a pid file names one only if the process still runs our command
 
 
+def command_line(pid: int) -> str:
+    """Command line of a living process; empty once it has ended, waited for or not."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def processes(home: Path) -> dict[str, int]:
     """Running daemons of this cluster by pid file name."""
     found = {}
     for file in sorted((home / "run").glob("*.pid")):
         with contextlib.suppress(ValueError, OSError):
             pid = int(file.read_text())
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
-            if str(home) in command:
+            if str(home) in command_line(pid):
                 found[file.stem] = pid
     return found
 
@@ -131,12 +138,10 @@ def processes(home: Path) -> dict[str, int]:
 def foreign_daemons(ours: set[int]) -> list[str]:
     """Slurm and munge daemons on this machine that are not this cluster's."""
     found = []
-    for proc in Path("/proc").iterdir():
-        if proc.name.isdecimal() and int(proc.name) not in ours:
-            with contextlib.suppress(OSError):
-                name = (proc / "comm").read_text().strip()
-                if name in DAEMONS:
-                    found.append(f"{name} (process {proc.name})")
+    for pid in (int(p.name) for p in Path("/proc").iterdir() if p.name.isdecimal()):
+        name = Path(command_line(pid).split("\0")[0]).name
+        if pid not in ours and name in DAEMONS:
+            found.append(f"{name} (process {pid})")
     return sorted(found)
 
 
@@ -193,8 +198,10 @@ def no_services() -> Iterator[None]:
 def install() -> None:
     """Install Debian's Slurm, munge and MariaDB, and mark them as ours."""
     if os.geteuid() != 0:
-        raise Refused("installing packages needs root; ask an administrator for:\n  apt-get install"
-                      f" --no-install-recommends {' '.join(PACKAGES)}")
+        raise Refused(
+            "installing packages needs root; ask an administrator for:\n  apt-get install"
+            f" --no-install-recommends {' '.join(PACKAGES)}"
+        )
     OURS.mkdir(parents=True, exist_ok=True)
     (OURS / "installed").write_text("\n".join(PACKAGES) + "\n")
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
@@ -209,7 +216,9 @@ def install() -> None:
 
 def missing() -> list[str]:
     path = os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"
-    return [c for c in (*DAEMONS, "mariadbd", "sbatch", "sacctmgr") if not shutil.which(c, path=path)]
+    return [
+        c for c in (*DAEMONS, "mariadbd", "sbatch", "sacctmgr") if not shutil.which(c, path=path)
+    ]
 
 
 def check_machine(home: Path) -> None:
@@ -281,8 +290,10 @@ def start(home: Path, do_install: bool) -> None:
         run("slurmd", "-f", str(conf), "-N", node, env=env)
     wait_for(
         "the two nodes",
-        lambda: not answers_with("unk", "sinfo", "-h", "-N", "-o", "%N %t", env=env)
-        and not answers_with("down", "sinfo", "-h", "-N", "-o", "%N %t", env=env),
+        lambda: (
+            not answers_with("unk", "sinfo", "-h", "-N", "-o", "%N %t", env=env)
+            and not answers_with("down", "sinfo", "-h", "-N", "-o", "%N %t", env=env)
+        ),
         home / "log" / "slurmd-gpu1.log",
     )
     (home / STATE).write_text(json.dumps({"slurm_conf": str(conf), "partition": "main"}) + "\n")
@@ -290,9 +301,7 @@ def start(home: Path, do_install: bool) -> None:
 
 
 def answers_with(text: str, *command: str, env: dict[str, str]) -> bool:
-    done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=30, check=False
-    )
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
     return done.returncode == 0 and text in done.stdout
 
 
@@ -376,8 +385,9 @@ def _end(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
         for _ in range(200):
+            if not command_line(pid):
+                return
             time.sleep(0.1)
-            os.kill(pid, 0)
         os.kill(pid, signal.SIGKILL)
 
 

@@ -11,6 +11,7 @@ import pytest
 from scaling.slurm.doctor import doctor
 from scaling.slurm.logs import log_files, tail
 from scaling.slurm.profile import ClusterProfile, Shape
+from scaling.slurm.state import WORDS
 from scaling.slurm.sync import status, submit, sync
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -111,3 +112,12 @@ def test_doctor_finds_this_cluster_in_order(root, profile):
     assert findings["JobRequeue"].level == "ok"
     bad = doctor(root, profile.model_copy(update={"partition": "nowhere"}))
     assert [f.check for f in bad if f.level == "problem"] == ["partition"]
+
+
+def test_every_state_that_squeue_knows_is_in_our_table(profile):
+    done = subprocess.run(
+        ["squeue", "--states=nonsense"], capture_output=True, text=True, check=False
+    )
+    listed = done.stderr.partition("Valid job states include: ")[2].strip().split(",")
+    assert len(listed) > 15
+    assert set(listed) <= set(WORDS)

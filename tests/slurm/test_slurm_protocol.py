@@ -257,6 +257,52 @@ def test_two_submitters_make_one_attempt(root, make_runs, fake_slurm, slurm_prof
     assert len(fake_slurm.jobs()) == 1
 
 
+def test_many_logins_at_once(root, make_runs, fake_slurm, slurm_profile):
+    runs = make_runs(4)
+    children = []
+    for n in range(5):
+        if (child := os.fork()) == 0:
+            # overlapping sweeps: each lacks one of the runs, or none
+            part = [r for i, r in enumerate(runs) if i != n]
+            sync.submit(root, part, slurm_profile, sweep=f"s{n}")
+            os._exit(0)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children] == [0] * 5
+    assert len(fake_slurm.jobs()) == 4
+    assert [len(r.attempts()) for r in runs] == [1] * 4
+    finish(fake_slurm)
+    one_writer(runs)
+
+
+def test_a_watching_sync_outlives_the_controller(root, make_runs, fake_slurm, slurm_profile):
+    runs = make_runs(1)
+    fake_slurm.fault(scontrol="down")
+    with pytest.raises(SubmissionError, match="Unable to contact"):
+        sync.sync(root, runs, slurm_profile, sweep="s")
+    seen = []
+
+    def report(rows):
+        seen.append(rows[0]["state"])
+        if len(seen) == 2:
+            fake_slurm.fault()
+        elif len(seen) == 3:
+            finish(fake_slurm)
+
+    sync.sync(root, runs, slurm_profile, sweep="s", watch=True, interval_s=0.01, report=report)
+    assert seen == ["PLANNED", "PLANNED", "QUEUED", "DONE"]
+
+
+def test_what_slurm_said_of_an_end_is_kept(root, make_runs, fake_slurm, slurm_profile):
+    (run,) = make_runs(1)
+    sync.submit(root, [run], slurm_profile, sweep="s")
+    fake_slurm.change(state="NODE_FAIL")
+    (row,) = sync.status([run])
+    assert (row["state"], row["cause"]) == ("FAILED", "node_fail")
+    sync.sync(root, [run], slurm_profile, sweep="s")
+    assert run.attempts()[0].end["class"] == "node_fail"
+    assert run.attempts()[1].end is None
+
+
 def test_a_job_waits_for_a_live_predecessor(
     root, make_runs, fake_slurm, slurm_profile, monkeypatch
 ):

@@ -4,6 +4,7 @@
 instead of its work. Jobs run when a test says so, never by themselves.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -17,6 +18,12 @@ HOME = Path(os.environ["FAKE_SLURM"])
 def load(name, default):
     path = HOME / name
     return json.loads(path.read_text()) if path.exists() else default
+
+
+def save(jobs):
+    new = HOME / f"jobs.{os.getpid()}"
+    new.write_text(json.dumps(jobs))
+    new.rename(HOME / "jobs.json")
 
 
 def fail(message, status=1):
@@ -54,7 +61,7 @@ def sbatch(argv):
                 "end": None,
             }
         )
-    (HOME / "jobs.json").write_text(json.dumps(jobs))
+    save(jobs)
     if fault == "timeout_accepted":
         fail("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
     print(f"Submitted batch job {main}")
@@ -126,7 +133,7 @@ def update(ids, state):
     for j in jobs:
         if f"{j['main']}_{j['index']}" in ids or str(j["main"]) in ids:
             j["state"] = state
-    (HOME / "jobs.json").write_text(json.dumps(jobs))
+    save(jobs)
 
 
 def srun(argv):
@@ -136,4 +143,8 @@ def srun(argv):
 
 
 if __name__ == "__main__":
-    globals()[Path(sys.argv[1]).name](sys.argv[2:])
+    command = Path(sys.argv[1]).name
+    with open(HOME / "lock", "a") as lock:
+        if command in ("sbatch", "scancel", "scontrol"):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        globals()[command](sys.argv[2:])
