@@ -33,8 +33,8 @@ class HeadSettings:
     """Learning rate of Adam."""
     batch_size: int = 512
     """Targets per step; a user's targets stay together, so that its tower runs once. [targets]"""
-    max_epochs: int = 40
-    patience: int = 4
+    max_epochs: int = 30
+    patience: int = 3
     """Epochs without a lower validation loss before training stops; the best epoch is kept."""
 
 

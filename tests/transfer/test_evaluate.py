@@ -1,0 +1,199 @@
+"""Evaluation of real, small runs: the features, the record it leaves, and what it refuses."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import scaling.transfer.features as features
+from scaling.config import ModelConfig, RunConfig, TrainSettings
+from scaling.data.corpus import Corpus, CorpusError
+from scaling.data.tasks import Task
+from scaling.files import RecordError
+from scaling.models import build
+from scaling.packing import PackedBatch
+from scaling.rundir import RunDir
+from scaling.train.loop import train
+from scaling.transfer.evaluate import evaluate
+from scaling.transfer.features import TransferError, item_features, user_features
+
+COLUMNS = {
+    *("run_key", "task", "system", "fold", "hr_1", "hr_10", "ndcg_10", "mrr"),
+    *("loss", "loss_softmax", "tie_gap", "n_users", "n_targets"),
+}
+
+
+POPULARITY = ("popularity", "popularity/pretraining")
+
+
+def configure(corpus: Corpus, **changes: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": ModelConfig(layers=1, d_model=8, heads=2),
+            "data": {
+                "corpus_digest": corpus.card.digest,
+                "vocab_size": corpus.card.vocab_size,
+                "n_services": len(corpus.card.services),
+                "items_per_user": 4,
+            },
+            "batch_size": 16,
+            "negatives": 16,
+            "steps": 6,
+            "evaluations": 2,
+            "pool": corpus.card.pool,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture
+def corpus(tiny_corpus: Any) -> Corpus:
+    root = tiny_corpus(users=400, negatives=20)
+    return Corpus.open(next((root / "corpora").glob("tiny-*")))
+
+
+def tokens_of(corpus: Corpus, item: int) -> np.ndarray:
+    bounds = corpus.token_offsets[item : item + 2].astype(int)
+    return np.array(corpus.tokens[bounds[0] : bounds[1]], np.int64)
+
+
+def forget(task: Task, service: str, users: np.ndarray) -> None:
+    """Leave these users without a history in one service."""
+    offsets, items = task.history(service)
+    lengths = np.diff(offsets.astype(np.int64))
+    kept = ~np.isin(np.repeat(np.arange(task.n_users), lengths), users)
+    lengths[users] = 0
+    task._history[service] = (np.concatenate([[0], np.cumsum(lengths)]), items[kept])
+
+
+@pytest.mark.parametrize("system", ["clue", "single"])
+def test_features_of_a_user_are_those_of_the_user_alone(
+    corpus: Corpus, system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(
+        ModelConfig(system=system, layers=1, d_model=8, heads=2, dropout=0.5),
+        corpus.card.vocab_size,
+    ).eval()
+    task = Task.open(corpus, "beauty")
+    services = sorted(task.services)
+    forget(task, services[-1], np.arange(0, task.n_users, 3))
+    cap = 3
+    monkeypatch.setattr(features, "CHUNK_ITEMS", 20)  # several batches
+    found, present = user_features(model, corpus, task, services, cap)
+    assert found.shape == (task.n_users, len(services) * 8)
+    for user in range(0, task.n_users, 7):
+        for column, service in enumerate(services):
+            offsets, items = task.history(service)
+            log = items[int(offsets[user]) : int(offsets[user + 1])][-cap:]
+            z = found[user, 8 * column : 8 * column + 8]
+            assert present[user, column] == (len(log) > 0)
+            if not len(log):
+                assert not z.any()
+                continue
+            texts = [tokens_of(corpus, i) for i in log]
+            alone = PackedBatch(
+                tokens=np.concatenate(texts),
+                token_offsets=np.cumsum([0, *map(len, texts)]),
+                items=np.arange(len(log)),
+                item_offsets=np.array([0, len(log)]),
+                n_services=1,
+            )
+            with torch.no_grad():
+                np.testing.assert_allclose(z, model(alone)[0].numpy(), atol=1e-5)
+    assert present[::3, -1].sum() == 0 < present[1::3, -1].sum()
+
+
+def test_item_features_are_in_the_order_asked_for(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(ModelConfig(layers=1, d_model=8, heads=2), corpus.card.vocab_size).eval()
+    items = corpus.service_items("books")
+    whole = item_features(model, corpus, items)
+    monkeypatch.setattr(features, "CHUNK_ITEMS", 7)
+    backwards = item_features(model, corpus, items[::-1])
+    np.testing.assert_allclose(backwards[::-1], whole, atol=1e-5)
+    for row in (0, 5):
+        tokens = tokens_of(corpus, int(items[row]))
+        with torch.no_grad():
+            alone = model.encode_items(tokens, np.array([0, len(tokens)]))
+        np.testing.assert_allclose(whole[row], alone[0].numpy(), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_once_per_checkpoint(corpus: Corpus) -> None:
+    root = corpus.path.parent.parent
+    run = RunDir.create(root, configure(corpus), corpus.card.name)
+    with pytest.raises(RecordError, match="no committed checkpoint"):
+        evaluate(run, corpus, ["books"], folds=2)
+    stop = iter([False, False, True])
+    settings = TrainSettings(threads=1)
+    train(run, corpus, settings, should_stop=lambda: next(stop))
+    calls: list[tuple[int, int]] = []
+    rows = evaluate(run, corpus, ["books", "beauty"], folds=2, progress=lambda *a: calls.append(a))
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert all(set(row) == COLUMNS and row["run_key"] == run.run_key for row in rows)
+    assert [(r["task"], r["fold"], r["system"]) for r in rows] == [
+        *(("books", f, s) for f in (0, 1) for s in ("clue/u-mlp", *POPULARITY)),
+        *(("beauty", f, s) for f in (0, 1) for s in ("clue/u-mlp", "popularity")),
+    ]
+    users = {t: Task.open(corpus, t).n_users for t in ("books", "beauty")}
+    for task, targets in (("books", 2), ("beauty", 1)):
+        of_task = [r for r in rows if r["task"] == task and r["system"] == "popularity"]
+        assert sum(r["n_users"] for r in of_task) == users[task]
+        assert sum(r["n_targets"] for r in of_task) == users[task] * targets
+
+    # The record is whole, and the same evaluation again only reads it.
+    path = run.path / "transfer" / "books.json"
+    record = json.loads(path.read_text())
+    assert record["rows"] == rows[:6]
+    assert (record["schema_version"], record["history"], record["folds"]) == (1, "target", 2)
+    before = path.stat().st_mtime_ns, path.stat().st_ino
+    assert evaluate(run, corpus, ["books", "beauty"], folds=2) == rows
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == before
+
+    # Another setting, and then a newer checkpoint, are other evaluations.
+    both = evaluate(run, corpus, ["books"], folds=2, history="all")
+    assert json.loads(path.read_text())["history"] == "all"
+    assert both[0]["loss"] != rows[0]["loss"]
+    assert both[1] == rows[1]
+    train(run, corpus, settings)
+    later = evaluate(run, corpus, ["books"], folds=2)
+    assert json.loads(path.read_text())["step"] == 6 > record["step"]
+    assert later[0]["loss"] != rows[0]["loss"]
+    assert later[1] == rows[1]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["beauty.json", "books.json"]
+
+    # What it cannot do it refuses, and leaves the record as it was.
+    kept = path.read_text()
+    with pytest.raises(CorpusError, match="no task 'garden'; valid: "):
+        evaluate(run, corpus, ["garden"])
+    with pytest.raises(TransferError, match="history = 'some'; valid: target, all"):
+        evaluate(run, corpus, ["books"], history="some")  # type: ignore[arg-type]
+    with pytest.raises(TransferError, match="folds = 4; valid: 2, 5, 10"):
+        evaluate(run, corpus, ["books"], folds=4)
+    assert path.read_text() == kept
+
+
+def test_a_run_of_another_corpus_is_refused(corpus: Corpus) -> None:
+    config = configure(corpus)
+    other = config.model_copy(
+        update={"data": config.data.model_copy(update={"corpus_digest": "a" * 16})}
+    )
+    run = RunDir.create(corpus.path.parent.parent, other, "other")
+    with pytest.raises(TransferError, match="was trained on aaaaaaaaaaaaaaaa"):
+        evaluate(run, corpus, ["books"])
+
+
+def test_a_diverged_encoder_is_refused_by_name(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(corpus)
+    run = RunDir.create(corpus.path.parent.parent, config, corpus.card.name)
+    model = build(config.model, config.data.vocab_size).eval()
+    torch.nn.init.constant_(model.token_emb.weight, float("nan"))
+    monkeypatch.setattr("scaling.transfer.evaluate.load_encoder", lambda run: (model, 6))
+    with pytest.raises(TransferError, match=rf"run {run.run_key}, step 6: .*'books' hold NaN"):
+        evaluate(run, corpus, ["books"])
+    assert not (run.path / "transfer").exists()
