@@ -66,7 +66,7 @@ figures: $(INSTALLED) ## draw every figure again from the committed tables in re
 	    $(BIN)/clue-scaling figures "sweeps/$$(basename "$$(dirname "$$table")").toml" || exit; \
 	done
 
-devcluster: $(INSTALLED) ## start a two-node Slurm on this machine (as root)
+devcluster: ## start a two-node Slurm on this machine (as root)
 	slurm/devcluster/start --install
 
 devcluster-stop: ## stop it
