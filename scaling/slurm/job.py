@@ -144,12 +144,14 @@ def claim(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
 def await_claim(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
     """As ``claim`` on the other ranks, which leave the decision to rank 0."""
     end = time.monotonic() + CLAIM_WAIT_S
+    pause = 0.1
     while job["executor"] != "local" or time.monotonic() < end:
         if reason := _must_not_run(run, number, job):
             return reason
         if any(a.number == number and a.claim for a in run.attempts()):
             return None
-        time.sleep(0.2)
+        time.sleep(pause)
+        pause = min(1.5 * pause, POLL_S)
     return f"rank 0 did not claim within {CLAIM_WAIT_S:.0f} s"
 
 

@@ -81,6 +81,31 @@ def test_two_ranks_meet(root, make_runs, profile):
     assert "rank 1 of 2" in tail(log_files(run, rank=1)[0], 50)
 
 
+def test_a_rank_that_fails_takes_the_others_along(root, make_runs, profile, until):
+    profile = profile.model_copy(update={"shape": Shape(tasks_per_node=2)})
+    (run,) = make_runs(1, steps=5000, step_s=0.05, fail_at=3, error="value", fail_rank=1)
+    submit(root, [run], profile, sweep="s")
+    until(lambda: run.attempts()[0].end)
+    assert run.attempts()[0].end["evidence"] == "rank 1: ValueError: boom"
+    until(lambda: process_start(run.attempts()[0].claim["pid"]) is None, 10)
+    (row,) = status([run])
+    assert (row["state"], row["cause"]) == ("FAILED", "error")
+
+
+def test_a_run_that_was_told_to_stop_goes_on(root, make_runs, profile, until):
+    (run,) = make_runs(1, steps=60, step_s=0.05)
+    submit(root, [run], profile, sweep="s")
+    until(lambda: (status([run])[0]["step"] or 0) >= 3)
+    os.kill(run.attempts()[0].claim["pid"], signal.SIGTERM)  # the controller passes it on
+    until(lambda: run.attempts()[0].end)
+    assert run.attempts()[0].end["class"] == "stopped"
+    stopped = run.attempts()[0].end["step"]
+    (row,) = sync(root, [run], profile, sweep="s", watch=True, interval_s=0.05)
+    assert (row["state"], row["attempts"]) == ("DONE", 2)
+    start = json.loads(run.metrics_path(2).read_text().splitlines()[0])
+    assert start["resumed_from"] == stopped  # no step is lost
+
+
 def test_an_error_is_a_class_with_evidence_and_not_tried_again(root, make_runs, profile):
     (run,) = make_runs(1, fail_at=3, error="value")
     (row,) = sync(root, [run], profile, sweep="s", watch=True, interval_s=0.05)

@@ -2,7 +2,7 @@
 
 Keeps the records that training keeps (generations, metrics, committed checkpoints, result) and
 computes nothing. ``<root>/standin.json`` tells it how: ``step_s``, ``checkpoint_every``, and the
-exception to raise at a step of the first generation: ``fail_at``, ``error``.
+exception to raise at a step of the first attempt: ``fail_at``, ``error``, ``fail_rank``.
 """
 
 import json
@@ -34,7 +34,7 @@ def train(run, corpus, settings, *, attempt=None, job=None, progress=None, shoul
         if should_stop():
             _commit(run, rank, step - 1)
             return None
-        if step == how.get("fail_at") and attempt == 1:
+        if step == how.get("fail_at") and attempt == 1 and rank == how.get("fail_rank", rank):
             raise {"oserror": OSError(28, "No space left on device"), "value": ValueError("boom")}[
                 how["error"]
             ]

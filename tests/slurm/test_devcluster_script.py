@@ -1,0 +1,73 @@
+"""``slurm/devcluster`` touches nothing that is not its own."""
+
+import importlib.util
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "slurm" / "devcluster" / "devcluster.py"
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location("devcluster_script", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "OURS", tmp_path / "ours")
+    monkeypatch.setattr(module, "FOREIGN", (str(tmp_path / "munge.key"),))
+    monkeypatch.setattr(module, "foreign_daemons", lambda ours: [])
+    return module
+
+
+def test_it_refuses_a_machine_with_a_munge_of_its_own(script, tmp_path):
+    script.check_machine(tmp_path / "home")
+    (tmp_path / "munge.key").touch()
+    with pytest.raises(script.Refused, match=r"munge\.key exists"):
+        script.check_machine(tmp_path / "home")
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "installed").touch()
+    script.check_machine(tmp_path / "home")
+
+
+def test_it_refuses_a_machine_where_another_slurm_runs(tmp_path):
+    daemon = subprocess.Popen(["/usr/sbin/munged", "60"], executable="/bin/sleep")
+    try:
+        done = subprocess.run(
+            [SCRIPT.parent / "start", "--dir", tmp_path],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        daemon.kill()
+        daemon.wait()
+    assert done.returncode == 2
+    assert f"munged (process {daemon.pid})" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stop_ends_what_its_pid_files_name_and_only_if_it_is_ours(script, tmp_path):
+    (tmp_path / "run").mkdir()
+    mine = subprocess.Popen(["sh", "-c", "sleep 60; :", str(tmp_path)])
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        (tmp_path / "run" / "munged.pid").write_text(str(mine.pid))
+        (tmp_path / "run" / "slurmdbd.pid").write_text(str(other.pid))  # an id used again
+        (tmp_path / "run" / "slurmctld.pid").write_text("torn")
+        assert script.processes(tmp_path) == {"munged": mine.pid}
+        script.stop(tmp_path)
+        assert mine.wait(5) != 0
+        assert other.poll() is None
+        assert list((tmp_path / "run").iterdir()) == []
+        script.stop(tmp_path)
+    finally:
+        for process in (mine, other):
+            process.kill()
+            process.wait()
+
+
+def test_stop_where_nothing_was_started(tmp_path):
+    done = subprocess.run([SCRIPT.parent / "stop", "--dir", tmp_path / "none"], check=False)
+    assert done.returncode == 0
+    assert not (tmp_path / "none").exists()
