@@ -7,7 +7,7 @@ learnt or counted in a fold sees no test user (docs/decisions/0006-transfer-prot
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from scaling.rundir import RunDir
 from scaling.train.checkpoint import load_encoder
 from scaling.transfer.baselines.popularity import count_items
 from scaling.transfer.features import TransferError, item_features, user_features
-from scaling.transfer.heads import Examples, fit, pair_loss, softmax_loss
+from scaling.transfer.heads import Examples, HeadSettings, fit, pair_loss, softmax_loss
 from scaling.transfer.metrics import rank, summarise
 
 Ints = NDArray[np.int64]
@@ -36,6 +36,8 @@ SCHEMA_VERSION = 1
 N_GROUPS = 10
 FOLDS = (2, 5, 10)
 """Numbers of folds whose test groups are whole and leave groups to train on."""
+HEAD = HeadSettings()
+"""The head is the same for every encoder; it is never tuned per run."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def evaluate_fold(problem: Problem, fold: int, *, folds: int, seed: int, system:
         problem.examples.take(users.train),
         problem.examples.take(users.validation),
         seed=int(np.random.SeedSequence([seed, fold]).generate_state(1)[0]),
+        settings=HEAD,
     )
     logits = head.logits(test, problem.items)
     rows: list[Row] = [
@@ -180,6 +183,7 @@ def evaluate(
             "history": history,
             "folds": folds,
             "seed": seed,
+            "head": asdict(HEAD),
         }
         found = _recorded(path, header)
         if found is None:

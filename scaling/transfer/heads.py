@@ -173,7 +173,7 @@ def fit(
     validation: Examples,
     *,
     seed: int,
-    settings: HeadSettings = HeadSettings(),
+    settings: HeadSettings,
 ) -> Head:
     """Train a head; the same arguments on the same machine give the same head, bit for bit.
 
