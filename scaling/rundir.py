@@ -83,7 +83,9 @@ class RunDir:
         Raises:
             RecordError: no run or several have such a key; the message names them.
         """
-        found = sorted(p.name for p in Path(root).glob(f"runs/{prefix[:2]}*/{prefix}*"))
+        if not re.fullmatch("[a-z2-7]{2,16}", prefix):
+            raise RecordError(f"{prefix!r} does not begin a run key (2 to 16 of a-z and 2-7)")
+        found = sorted(p.name for p in Path(root).glob(f"runs/{prefix[:2]}/{prefix}*"))
         if len(found) != 1:
             what = ", ".join(found[:5]) if found else "no run"
             raise RecordError(f"{Path(root) / 'runs'}: {what} has a key starting with {prefix!r}")

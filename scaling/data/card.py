@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
-from scipy.stats import norm
 
 from scaling.config import MAX_ITEMS, MAX_TOKENS, CorpusCard, PoolConfig, short_digest
 from scaling.data.corpus import SPLITS, CorpusError, load_array
@@ -104,6 +102,9 @@ def _lognormal(mean: float, sigma: float, last: int, censored: bool) -> tuple[fl
         mean: of the rounded number.
         censored: ``mean`` is that after cutting at ``last``; False: before.
     """
+
+    from scipy.optimize import brentq  # a second to import, and only nominal cards need it
+    from scipy.stats import norm
 
     def survival(mu: float, n: NDArray[np.float64]) -> NDArray[np.float64]:
         """P(number > n)."""
