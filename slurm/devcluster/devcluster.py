@@ -43,6 +43,8 @@ FOREIGN = ("/etc/munge/munge.key", "/etc/slurm/slurm.conf", "/etc/slurm-llnl/slu
 DAEMONS = ("munged", "slurmctld", "slurmdbd", "slurmd")
 MUNGE_SOCKET = Path("/run/munge/munge.socket.2")
 PORTS = {"slurmctld": 26817, "slurmdbd": 26819, "gpu1": 26821, "gpu2": 26822}
+ORDER = ("slurmd-gpu1", "slurmd-gpu2", "slurmctld", "slurmdbd", "mariadbd", "munged")
+"""Pid files, in the order in which their daemons are stopped."""
 STATE = "cluster.json"
 
 
@@ -125,21 +127,33 @@ def command_line(pid: int) -> str:
 
 
 def processes(home: Path) -> dict[str, int]:
-    """Running daemons of this cluster by pid file name."""
+    """Running daemons of this cluster by pid file name.
+
+    The process must be that daemon, and have this folder in its arguments or (slurmdbd, which
+    takes none) its environment: ids are used again.
+    """
     found = {}
     for file in sorted((home / "run").glob("*.pid")):
         with contextlib.suppress(ValueError, OSError):
             pid = int(file.read_text())
-            if str(home) in command_line(pid):
+            environment = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+            if daemon_name(pid) == file.stem.partition("-")[0] and (
+                f"{home}/" in command_line(pid) + environment
+            ):
                 found[file.stem] = pid
     return found
+
+
+def daemon_name(pid: int) -> str:
+    """Name of the program a process runs; empty once it has ended."""
+    return Path(command_line(pid).split("\0")[0]).name
 
 
 def foreign_daemons(ours: set[int]) -> list[str]:
     """Slurm and munge daemons on this machine that are not this cluster's."""
     found = []
     for pid in (int(p.name) for p in Path("/proc").iterdir() if p.name.isdecimal()):
-        name = Path(command_line(pid).split("\0")[0]).name
+        name = daemon_name(pid)
         if pid not in ours and name in DAEMONS:
             found.append(f"{name} (process {pid})")
     return sorted(found)
@@ -243,6 +257,9 @@ def check_machine(home: Path) -> None:
 
 def start(home: Path, do_install: bool) -> None:
     check_machine(home)
+    if (home / STATE).exists() and processes(home).keys() == set(ORDER):
+        print(f"already up; to use it:\n  export SLURM_CONF={home / 'etc' / 'slurm.conf'}")
+        return
     if missing():
         if not do_install:
             raise Refused(
@@ -373,8 +390,7 @@ def stop(home: Path) -> None:
         ):
             time.sleep(0.5)
     (home / STATE).unlink(missing_ok=True)
-    order = ("slurmd-gpu1", "slurmd-gpu2", "slurmctld", "slurmdbd", "mariadbd", "munged")
-    for name in order:
+    for name in ORDER:
         if name in running:
             _end(running[name])
         (home / "run" / f"{name}.pid").unlink(missing_ok=True)

@@ -49,20 +49,28 @@ def test_it_refuses_a_machine_where_another_slurm_runs(tmp_path):
 
 def test_stop_ends_what_its_pid_files_name_and_only_if_it_is_ours(script, tmp_path):
     (tmp_path / "run").mkdir()
-    mine = subprocess.Popen(["sh", "-c", "sleep 60; :", str(tmp_path)])
-    other = subprocess.Popen(["sleep", "60"])
+    argument, variable = f"{tmp_path}/key", {"SLURM_CONF": f"{tmp_path}/etc/slurm.conf"}
+    mine = [
+        subprocess.Popen(["munged", "-c", "sleep 60; :", argument], executable="/bin/sh"),
+        subprocess.Popen(["slurmdbd", "60"], executable="/bin/sleep", env=variable),
+    ]
+    others = [
+        subprocess.Popen(["slurmctld", "60"], executable="/bin/sleep"),
+        subprocess.Popen(["sleep", "60"], env=variable),
+    ]
+    names = ("munged", "slurmdbd", "slurmctld", "mariadbd")
     try:
-        (tmp_path / "run" / "munged.pid").write_text(str(mine.pid))
-        (tmp_path / "run" / "slurmdbd.pid").write_text(str(other.pid))  # an id used again
-        (tmp_path / "run" / "slurmctld.pid").write_text("torn")
-        assert script.processes(tmp_path) == {"munged": mine.pid}
+        for name, process in zip(names, (*mine, *others), strict=True):
+            (tmp_path / "run" / f"{name}.pid").write_text(str(process.pid))
+        (tmp_path / "run" / "slurmd-gpu1.pid").write_text("torn")
+        assert script.processes(tmp_path) == {"munged": mine[0].pid, "slurmdbd": mine[1].pid}
         script.stop(tmp_path)
-        assert mine.wait(5) != 0
-        assert other.poll() is None
+        assert [process.wait(5) for process in mine] == [-15, -15]
+        assert [process.poll() for process in others] == [None, None]
         assert list((tmp_path / "run").iterdir()) == []
         script.stop(tmp_path)
     finally:
-        for process in (mine, other):
+        for process in (*mine, *others):
             process.kill()
             process.wait()
 
