@@ -126,7 +126,10 @@ def split_users(
         )
     free = able.copy()
     free[downstream] = False
-    candidates = drawn[free[drawn]]
+    # By their keys: of the highest draws downstream has taken all eligible users, and held-out
+    # users drawn there would be the light ones.
+    candidates = np.flatnonzero(free)
+    candidates = candidates[np.argsort(keys[candidates])]
     source = candidates if rules.held_out_from == "pretraining" else downstream[able[downstream]]
     n_held = rules.validation + rules.pool
     held = source[len(source) - n_held :] if n_held <= len(source) else source

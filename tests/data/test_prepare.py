@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from scaling.config import ConfigError
+from scaling.data.build import split_users
 from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.logs import clean_text
 from scaling.data.prepare import find_prepared, prepare, read_card
-from scaling.data.recipe import read_corpus_file
+from scaling.data.recipe import Users, read_corpus_file
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -283,3 +284,19 @@ def test_recipes():
 def test_clean_text():
     assert clean_text("&amp;quot;Tea&amp;quot;\n&#9733;\t x") == '"Tea" ★ x'
     assert clean_text(" &nbsp; ") == ""
+
+
+def test_held_out_users_are_like_those_of_pretraining():
+    """Downstream takes eligible users only; what it leaves must not gather in the pool."""
+    rng = np.random.default_rng(0)
+    n = 20_000
+    counts = np.where(rng.random((n, 1)) < 0.3, 1, 9) * np.ones((1, 2), dtype=np.int64)
+    hashes = [rng.integers(0, 2**63, n).astype(np.uint64) for _ in range(2)]
+    rules = Users(eligible_logs=4, downstream=0.5, validation=1_000, pool=1_000)
+    splits = split_users(counts, *hashes, rules, ("a", "b"), "test")
+    assert (counts[splits["downstream"]] == 9).all()
+    light = {name: (counts[rows, 0] == 1).mean() for name, rows in splits.items()}
+    expected = 0.3 / (0.3 + 0.7 / 2)
+    for name in ("pretraining", "validation", "pool"):
+        error = np.sqrt(expected * (1 - expected) / len(splits[name]))
+        assert abs(light[name] - expected) < 4 * error, name

@@ -115,6 +115,7 @@ def oracle(rows, *, min_rating, deduplicate, max_logs, downstream, items):
     n = round(downstream * len(eligible))
     down = eligible[len(eligible) - n :]
     candidates = [u for u in users if fewest[u] >= 1 and u not in down]
+    candidates.sort(key=lambda u: hashed("order", u))
     if len(candidates) < 4:
         raise ValueError("too few users")
     splits = {
