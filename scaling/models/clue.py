@@ -39,6 +39,15 @@ class ContrastiveEncoder(nn.Module):
         """Where the parameters live."""
         return self.token_emb.weight.device
 
+    def encode_items(self, tokens: Ints, token_offsets: Ints) -> Tensor:
+        """Embeddings of items from their tokens alone. [items, d]
+
+        Args:
+            tokens: tokens of all items, one after another. [tokens]
+            token_offsets: item ``i`` has ``tokens[token_offsets[i]:token_offsets[i + 1]]``.
+        """
+        raise NotImplementedError
+
     def project(self, user_emb: Tensor) -> Tensor:
         """f(z) = W2 gelu(W1 z), used by the loss only (after eq. 4). [rows, d] -> [rows, d]"""
         projected: Tensor = self.w2(F.gelu(self.w1(user_emb)))
@@ -66,12 +75,7 @@ class CLUE(ContrastiveEncoder):
         initialise(self, config.layers)
 
     def encode_items(self, tokens: Ints, token_offsets: Ints) -> Tensor:
-        """Item embeddings h = MEAN(T_item(E)) (eq. 1). [items, d]
-
-        Args:
-            tokens: tokens of all items, one after another. [tokens]
-            token_offsets: item ``i`` has ``tokens[token_offsets[i]:token_offsets[i + 1]]``.
-        """
+        """Item embeddings h = MEAN(T_item(E)) (eq. 1). [items, d]"""
         lengths = token_offsets[1:] - token_offsets[:-1]
         layout = Layout.of(lengths, self.config.d_model, self.device)
         item_emb: Tensor = self.item(self.embed_tokens(tokens, layout), layout)

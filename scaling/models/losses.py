@@ -37,7 +37,7 @@ def logits(projected: Tensor, logit_scale: Tensor, negatives: int) -> Tensor:
 def contrastive_loss(projected: Tensor, logit_scale: Tensor, negatives: int) -> Tensor:
     """Symmetric cross-entropy (l_AB + l_BA) / 2, mean over users and pairs of services. [nats]
 
-    Args as in ``logits``. The loss of K users is at most ln K at chance.
+    Args as in ``logits``. At chance it is ln K.
     """
     return symmetric_cross_entropy(logits(projected, logit_scale, negatives))
 

@@ -6,7 +6,6 @@ nothing is trained here, so a user's features do not depend on who else is in a 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -70,14 +69,13 @@ def item_features(model: ContrastiveEncoder, corpus: Corpus, items: Ints) -> Flo
         items: rows of the corpus's items. [items]
     """
     features = np.zeros((len(items), model.config.d_model), np.float32)
-    encode: Any = model.encode_items  # every system has it, their base class does not declare it
     for start in range(0, len(items), CHUNK_ITEMS):
         chunk = items[start : start + CHUNK_ITEMS]
         starts = corpus.token_offsets[chunk].astype(np.int64)
         lengths = corpus.token_offsets[chunk + 1].astype(np.int64) - starts
         tokens = corpus.tokens[spans(starts, lengths)].astype(np.int64)
         token_offsets = np.concatenate([[0], np.cumsum(lengths)])
-        embedded: Tensor = encode(tokens, token_offsets)
+        embedded = model.encode_items(tokens, token_offsets)
         features[start : start + len(chunk)] = embedded.float().cpu().numpy()
     return features
 
