@@ -5,8 +5,10 @@ not made again: a corpus has a digest, a run a key, an evaluation the checkpoint
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from rich.text import Text
 from scaling import ClueError
 from scaling.data.corpus import Corpus
 from scaling.data.prepare import prepare
+from scaling.data.tasks import Task
 from scaling.files import read_json, sha256, write_json
 from scaling.results import SCHEMAS, Tables, collect
 from scaling.rundir import RunDir
@@ -29,6 +32,8 @@ from scaling.sweeps import Grid, PlannedRun, write_sweep
 SWEEP = Path("sweeps/demo.toml")
 PROFILE = Path("slurm/local.toml")
 RESULTS = Path("results")
+FOLDS = 2
+"""Folds of the downstream evaluation; the verb ``transfer`` takes five."""
 STAMP_VERSION = 1
 
 Show = Callable[[int, int, str], None]
@@ -81,8 +86,9 @@ def run(
     corpus = Corpus.open(folder)
     planned = grid.runs(corpus.card)
     out = results / grid.name
-    trained = _train(console, root, grid, corpus, planned, ClusterProfile.read(profile))
-    _transfer(console, root, corpus, planned)
+    cluster = ClusterProfile.read(profile)
+    trained = _train(console, root, grid, corpus, planned, cluster)
+    _transfer(console, root, corpus, planned, cluster.max_parallel)
     with _stage(console, "collect") as show:
         tables = collect(root, [p.row for p in planned], grid.name, out)
         show(len(tables.runs), len(tables.runs), "runs")
@@ -123,18 +129,35 @@ def _train(
     return missing
 
 
-def _transfer(console: Console, root: Path, corpus: Corpus, planned: Sequence[PlannedRun]) -> None:
-    """Evaluate every run that did not diverge on every task of the corpus."""
+def _transfer(
+    console: Console, root: Path, corpus: Corpus, planned: Sequence[PlannedRun], workers: int
+) -> None:
+    """Evaluate every run that did not diverge on the services that pretraining never saw, or on all
+    tasks where there is none such; ``workers`` runs at once."""
+    tasks = sorted(corpus.manifest["tasks"])
+    unseen = [t for t in tasks if Task.open(corpus, t).service not in corpus.card.services]
+    runs = [RunDir(root, p.row["run_key"]) for p in planned]
+    done = [r.run_key for r in runs if (r.result() or {}).get("status") == "done"]
+    with (
+        _stage(console, "transfer") as show,
+        # A fresh interpreter each: torch's threads do not survive a fork.
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+    ):
+        jobs = [
+            pool.submit(_evaluate, str(root), k, str(corpus.path), unseen or tasks) for k in done
+        ]
+        for i, job in enumerate(as_completed(jobs)):
+            job.result()
+            show(i + 1, len(jobs), "runs")
+
+
+def _evaluate(root: str, run_key: str, corpus: str, tasks: list[str]) -> None:
+    import torch
+
     from scaling.transfer.evaluate import evaluate
 
-    tasks = sorted(corpus.manifest["tasks"])
-    runs = [RunDir(root, p.row["run_key"]) for p in planned]
-    with _stage(console, "transfer") as show:
-        for i, run_dir in enumerate(runs):
-            show(i, len(runs), "runs")
-            if (run_dir.result() or {}).get("status") == "done":
-                evaluate(run_dir, corpus, tasks)
-        show(len(runs), len(runs), "runs")
+    torch.set_num_threads(1)
+    evaluate(RunDir(Path(root), run_key), Corpus.open(Path(corpus)), tasks, folds=FOLDS)
 
 
 def _analyse(
