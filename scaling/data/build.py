@@ -134,7 +134,7 @@ def split_users(
     n_held = rules.validation + rules.pool
     held = source[len(source) - n_held :] if n_held <= len(source) else source
     if rules.held_out_from == "pretraining":
-        candidates = candidates[: len(candidates) - n_held] if n_held <= len(candidates) else []
+        candidates = candidates[: max(0, len(candidates) - n_held)]
     if len(held) < n_held or not len(candidates):
         raise CorpusError(
             f"{where}: users.validation = {rules.validation} and users.pool = {rules.pool} "
