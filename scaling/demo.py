@@ -31,7 +31,6 @@ from scaling.sweeps import Grid, PlannedRun, write_sweep
 
 SWEEP = Path("sweeps/demo.toml")
 PROFILE = Path("slurm/local.toml")
-RESULTS = Path("results")
 FOLDS = 2
 """Folds of the downstream evaluation; the verb ``transfer`` takes five."""
 STAMP_VERSION = 1
@@ -61,16 +60,15 @@ def run(
     *,
     sweep: Path = SWEEP,
     profile: Path = PROFILE,
-    results: Path = RESULTS,
     console: Console | None = None,
 ) -> Summary:
     """Prepare, plan, train, evaluate, collect, fit and draw one sweep on this machine.
 
     Args:
-        root: root folder of all state.
+        root: root folder of all state. Tables, fits and figures go to ``<root>/results/<sweep>``,
+            so that trying the demo changes nothing that is committed.
         sweep: sweep file; its corpus file is prepared first.
         profile: cluster profile with the local executor.
-        results: tables, fits and figures are written below ``results/<sweep>``.
 
     Raises:
         DemoError: it is not called from a clone of the repository, or a run failed.
@@ -85,7 +83,7 @@ def run(
         folder = prepare(grid.corpus, root, progress=lambda name, i, n: show(i, n, name))
     corpus = Corpus.open(folder)
     planned = grid.runs(corpus.card)
-    out = results / grid.name
+    out = root / "results" / grid.name
     cluster = ClusterProfile.read(profile)
     trained = _train(console, root, grid, corpus, planned, cluster)
     _transfer(console, root, corpus, planned, cluster.max_parallel)

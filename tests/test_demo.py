@@ -61,7 +61,7 @@ def state(folder: Path) -> dict[str, tuple[int, bytes]]:
 def test_the_whole_way_and_nothing_twice(tmp_path: Path) -> None:
     (tmp_path / "corpus.toml").write_text(CORPUS)
     (tmp_path / "small.toml").write_text(SWEEP)
-    root, results = tmp_path / "state", tmp_path / "results"
+    root, results = tmp_path / "state", tmp_path / "state" / "results"
 
     def run() -> tuple[demo.Summary, str]:
         out = io.StringIO()
@@ -69,7 +69,6 @@ def test_the_whole_way_and_nothing_twice(tmp_path: Path) -> None:
             root,
             sweep=tmp_path / "small.toml",
             profile=ROOT / "slurm" / "local.toml",
-            results=results,
             console=Console(file=out, width=200),
         )
         return summary, out.getvalue()

@@ -21,12 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -181,6 +175,8 @@ def restore(checkpoint: Checkpoint, engine: Any) -> None:
 
     The engine's optimiser state must exist (``create_optimizer_state``).
     """
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
     tensors = {name: checkpoint.load(name) for name in TENSORS}
     device = engine.device
     for name, parameter in engine.module.named_parameters():
@@ -222,6 +218,8 @@ def _full(engine: Any, parameter: nn.Parameter, moment: str | None) -> Tensor:
     ZeRO 1 and 2 keep flat partitions behind DeepSpeed's accessors (collective calls); ZeRO 0 in
     fp32 is a plain optimiser, for which the accessors answer None.
     """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
     full: Tensor
     if hasattr(parameter, "_hp_mapping"):
         full = (

@@ -28,6 +28,7 @@ from scaling.models import build
 from scaling.models.losses import contrastive_loss
 from scaling.packing import PackedBatch
 from scaling.rundir import RunDir, append_line
+from scaling.train import checkpoint
 from scaling.train.evaluate import Evaluation
 from scaling.train.ranks import Ranks
 
@@ -71,8 +72,6 @@ def train(
         torch.set_num_threads(settings.threads)
     ranks = Ranks.join()
     _check(config, corpus, settings, ranks)
-
-    from scaling.train import checkpoint  # after Ranks.join, which tells DeepSpeed the device
 
     # ---- model and engine -----------------------------------------------------------------------
     model = build(config.model, config.data.vocab_size, config.seed)
