@@ -242,8 +242,8 @@ class CorpusCard(Frozen):
 class TrainSettings(Frozen):
     """How a run is executed: nothing here changes what it computes beyond rounding."""
 
-    zero_stage: Literal[0, 1, 2] = 1
-    """DeepSpeed ZeRO stage."""
+    zero_stage: Literal[0, 1, 2] | None = None
+    """DeepSpeed ZeRO stage; None: 1, but 0 for a single rank in fp32, with nothing to share."""
     threads: Annotated[int, Field(strict=True, ge=0)] = 0
     """CPU threads per rank; 0: as many as the job has."""
     checkpoint_every: Annotated[int, Field(strict=True, ge=0)] = 0

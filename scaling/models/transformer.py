@@ -78,10 +78,15 @@ class Layout:
         return out.index_copy(0, self.slots, elements)
 
     def mean(self, hidden: Tensor) -> Tensor:
-        """Mean over the elements of each sequence (MEAN of eq. 1 and 3). [sequences, d]"""
+        """Mean over the elements of each sequence (MEAN of eq. 1 and 3). [sequences, d]
+
+        Sums are in fp32 at least: in bf16, adding one element after another loses more the longer
+        a sequence is, and that is an axis of the study.
+        """
         n = len(self.lengths)
-        sums = hidden.new_zeros(n + 1, hidden.shape[1]).index_add(0, self.sequence, hidden)
-        return sums[:n] / self.lengths[:, None].to(hidden.dtype)
+        precise = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        sums = precise.new_zeros(n + 1, hidden.shape[1]).index_add(0, self.sequence, precise)
+        return (sums[:n] / self.lengths[:, None]).to(hidden.dtype)
 
 
 class Block(nn.Module):

@@ -36,6 +36,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 TENSORS = ("params", *MOMENTS)
 
 
+class PeerError(RecordError):
+    """Another rank failed and says why; this one only follows."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A committed checkpoint whose files match its manifest."""
@@ -115,9 +119,9 @@ def save(
     """
     tensors: dict[str, dict[str, Tensor]] = {name: {} for name in TENSORS}
     for name, parameter in engine.module.named_parameters():
-        tensors["params"][name] = _full(engine, parameter, None)
+        tensors["params"][name] = master(engine, parameter)
         for moment in MOMENTS:
-            tensors[moment][name] = _full(engine, parameter, moment)
+            tensors[moment][name] = master(engine, parameter, moment)
     failed = None
     if ranks.rank == 0:
         try:
@@ -127,7 +131,7 @@ def save(
         except (OSError, RecordError) as e:
             failed = e
     if ranks.any(failed is not None)[0]:
-        raise failed or RecordError(f"rank 0 could not commit the checkpoint of step {step}")
+        raise failed or PeerError(f"rank 0 could not commit the checkpoint of step {step}")
 
 
 def _write(
@@ -180,11 +184,11 @@ def restore(checkpoint: Checkpoint, engine: Any) -> None:
     tensors = {name: checkpoint.load(name) for name in TENSORS}
     device = engine.device
     for name, parameter in engine.module.named_parameters():
-        master = tensors["params"][name].to(device)
+        value = tensors["params"][name].to(device)
         with torch.no_grad():
-            parameter.copy_(master)
+            parameter.copy_(value)
         if hasattr(parameter, "_hp_mapping"):
-            safe_set_full_fp32_param(parameter, master)
+            safe_set_full_fp32_param(parameter, value)
             for moment in MOMENTS:
                 safe_set_full_optimizer_state(parameter, tensors[moment][name].to(device), moment)
         else:
@@ -212,8 +216,8 @@ def create_optimizer_state(engine: Any, step: int) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def _full(engine: Any, parameter: nn.Parameter, moment: str | None) -> Tensor:
-    """The whole fp32 master or moment of a parameter, on the CPU.
+def master(engine: Any, parameter: nn.Parameter, moment: str | None = None) -> Tensor:
+    """A copy of a parameter's whole fp32 master, or of a moment, on the CPU; all ranks call it.
 
     ZeRO 1 and 2 keep flat partitions behind DeepSpeed's accessors (collective calls); ZeRO 0 in
     fp32 is a plain optimiser, for which the accessors answer None.

@@ -18,7 +18,7 @@ from scaling.config import RunConfig
 from scaling.data.batches import make_batch
 from scaling.data.corpus import Corpus
 from scaling.models.clue import MAX_SCALE, ContrastiveEncoder
-from scaling.models.losses import logits, symmetric_cross_entropy
+from scaling.models.losses import logits, scale, symmetric_cross_entropy
 from scaling.packing import PackedBatch
 
 CHUNK_ITEMS = 4096
@@ -36,8 +36,11 @@ class Evaluation:
         self.smaller = [n for n in (16, 64, 256, 1024, 4096) if n < self.size]
 
     @torch.no_grad()
-    def __call__(self, model: ContrastiveEncoder) -> dict[str, Any]:
+    def __call__(self, model: ContrastiveEncoder, logit_scale: Tensor) -> dict[str, Any]:
         """Evaluate an encoder; its training mode is restored.
+
+        Args:
+            logit_scale: log of tau, in fp32. [1]
 
         Returns:
             ``loss`` and ``loss_refit`` over the whole pool [nats], ``accuracy`` (share of users
@@ -48,7 +51,7 @@ class Evaluation:
         model.eval()
         pool, validation = _embed(model, self.pool), _embed(model, self.validation)
         model.train(training)
-        tau = model.logit_scale.detach()
+        tau = logit_scale.to(pool.device)
         cosines = logits(pool, torch.zeros_like(tau), self.size)
         scores = logits(pool, tau, self.size)
         refit = _refit_scale(validation)
@@ -58,7 +61,7 @@ class Evaluation:
             "loss": float(symmetric_cross_entropy(scores)),
             "loss_refit": float(symmetric_cross_entropy(cosines * refit)),
             "accuracy": float(torch.stack([(b == target).float().mean() for b in best]).mean()),
-            "logit_scale": float(tau.exp().clamp(max=MAX_SCALE)),
+            "logit_scale": float(scale(tau)),
             "refit_scale": refit,
             "pools": {
                 str(n): float(symmetric_cross_entropy(logits(_whole(pool, n), tau, n)))

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scaling.config import ConfigError, RunConfig, TrainSettings
+from scaling.config import MAX_TOKENS_SINGLE, ConfigError, RunConfig, TrainSettings
 from scaling.data.batches import Batches
 from scaling.data.corpus import Corpus
 from scaling.flops import count_parameters, exact_flops, paper_flops, to_pf_days
 from scaling.models import build
-from scaling.models.losses import contrastive_loss
+from scaling.models.losses import contrastive_loss, scale
 from scaling.packing import PackedBatch
 from scaling.rundir import RunDir, append_line
 from scaling.train import checkpoint
@@ -129,6 +129,8 @@ def train(
             keep=settings.keep_checkpoints,
         )
 
+    tau = _fp32_logit_scale(engine)
+
     # ---- loop -----------------------------------------------------------------------------------
     try:
         for batch in batches.iterate(step, steps):
@@ -143,7 +145,7 @@ def train(
             projected = model.project(engine(batch))
             own = projected.view(config.data.n_services, batch.n_users, -1)
             everyone = ranks.gather(own.detach(), dim=1).float().requires_grad_()
-            logit_scale = model.logit_scale.detach().float().requires_grad_()
+            logit_scale = tau.clone().requires_grad_()
             loss = contrastive_loss(everyone, logit_scale, config.negatives)
             loss.backward()  # type: ignore[no-untyped-call]
             engine.backward(_surrogate(own, everyone, model.logit_scale, logit_scale, ranks))
@@ -151,6 +153,7 @@ def train(
             unpartitioned = _unpartitioned_norm(engine) if logged else None
             engine.step()
             step += 1
+            tau = _fp32_logit_scale(engine)
             counters.add(batch)
 
             value = float(loss.detach())
@@ -171,13 +174,13 @@ def train(
                         "lr": lr,
                         "grad_norm": norm,
                         "clipped": norm > config.optim.clip_norm,
-                        "logit_scale": float(model.logit_scale.detach().float().exp()),
+                        "logit_scale": float(scale(tau)),
                     },
                 )
             if progress and ranks.rank == 0:
                 progress(step, steps, value)
             if step in evaluation_steps:
-                record("pool", evaluation(model) if evaluation else {})
+                record("pool", evaluation(model, tau) if evaluation else {})
             if step == steps or stop or step % checkpoint_every == 0:
                 commit()
             if stop and step < steps:
@@ -222,8 +225,13 @@ def _check(config: RunConfig, corpus: Corpus, settings: TrainSettings, ranks: Ra
         raise ConfigError(
             f"batch_size = {config.batch_size} does not split over {ranks.world_size} ranks"
         )
-    if config.precision == "bf16" and settings.zero_stage == 0:
-        raise ConfigError("precision = 'bf16' needs zero_stage 1 or 2 (fp32 masters)")
+    if config.precision == "bf16":
+        if settings.zero_stage == 0:
+            raise ConfigError("precision = 'bf16' needs zero_stage 1 or 2 (fp32 masters)")
+        if ranks.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+            raise ConfigError(
+                f"precision = 'bf16': {torch.cuda.get_device_name()} has no bf16; use 'fp32'"
+            )
 
 
 def _engine(
@@ -233,6 +241,9 @@ def _engine(
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    stage = settings.zero_stage
+    if stage is None:
+        stage = 0 if ranks.world_size == 1 and config.precision == "fp32" else 1
     optim = config.optim
     decayed = [p for n, p in model.named_parameters() if n != "logit_scale"]
     undecayed = [p for n, p in model.named_parameters() if n == "logit_scale"]
@@ -253,7 +264,7 @@ def _engine(
             "train_micro_batch_size_per_gpu": config.batch_size // ranks.world_size,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": optim.clip_norm,
-            "zero_optimization": {"stage": settings.zero_stage},
+            "zero_optimization": {"stage": stage},
             "bf16": {"enabled": config.precision == "bf16"},
             "steps_per_print": 2**31,
         },
@@ -278,6 +289,14 @@ def _surrogate(
         ranks.world_size * (own.float() * gradient).sum()
         + (parameter.float() * logit_scale.grad).sum()
     )
+
+
+def _fp32_logit_scale(engine: Any) -> Tensor:
+    """The log of tau as the optimiser has it: in bf16 most of its updates would not show. [1]"""
+    parameter: torch.nn.Parameter = engine.module.logit_scale
+    if parameter.dtype == torch.float32:
+        return parameter.detach().clone()
+    return checkpoint.master(engine, parameter).to(parameter.device)
 
 
 def _unpartitioned_norm(engine: Any) -> Tensor | None:
@@ -308,6 +327,7 @@ class _Counters:
         lengths, rows = batch.item_lengths, batch.row_lengths
         if self.config.model.system == "single":
             lengths = np.add.reduceat(lengths[batch.items], batch.item_offsets[:-1])
+            lengths = np.minimum(lengths, MAX_TOKENS_SINGLE)
         self.local += np.array(
             [lengths.sum(), (lengths**2).sum(), rows.sum(), (rows**2).sum(), batch.n_users]
         )

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scaling.config import MAX_TOKENS_SINGLE, ModelConfig
 from scaling.flops import count_parameters, exact_flops
 from scaling.models import build
-from scaling.models.transformer import Stack
+from scaling.models.transformer import Layout, Stack
 from scaling.packing import PackedBatch
 
 VOCAB = 97
@@ -206,3 +206,11 @@ def test_a_sequence_longer_than_any_tile_is_refused(rng):
     batch = make_batch(rng, [2049, 1], longest=1)
     with pytest.raises(ValueError, match="2049"):
         model(batch)
+
+
+def test_means_in_bf16_do_not_lose_what_fp32_keeps():
+    """Adding 512 ones one after another ends at 256 in bf16."""
+    layout = Layout.of(np.array([512, 3]), 8, torch.device("cpu"))
+    ones = torch.ones(layout.shape[0] * layout.shape[1], 8, dtype=torch.bfloat16)
+    assert layout.mean(ones).dtype == torch.bfloat16
+    assert torch.equal(layout.mean(ones), torch.ones(2, 8, dtype=torch.bfloat16))

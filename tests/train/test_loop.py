@@ -242,6 +242,50 @@ def test_counters_are_those_of_the_batches(undisturbed, corpus):
     assert result["flops_exact"] == expected.total
 
 
+def test_the_single_transformer_trains_and_counts_the_tokens_it_reads(
+    corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("scaling.train.loop.MAX_TOKENS_SINGLE", 12)
+    monkeypatch.setattr("scaling.models.single.MAX_TOKENS_SINGLE", 12)
+    model = ModelConfig(system="single", layers=1, d_model=16, heads=1, dropout=0.0)
+    config = configure(corpus, model=model)
+    run = RunDir.create(tmp_path, config, "tiny")
+    result = train(run, corpus, TrainSettings(threads=1))
+    read = 0
+    for step in range(config.steps):
+        batch = Batches(corpus, config).batch(step)
+        for first, last in itertools.pairwise(batch.item_offsets):
+            read += min(12, int(batch.token_offsets[last] - batch.token_offsets[first]))
+    assert result["tokens"] == read
+    assert result["loss"] < result["chance"]
+
+
+@pytest.mark.slow
+def test_bf16_follows_fp32_and_resumes_bit_for_bit(corpus, tmp_path):
+    config = configure(corpus, precision="bf16")
+    exact = RunDir.create(tmp_path / "fp32", configure(corpus), "tiny")
+    whole = RunDir.create(tmp_path / "whole", config, "tiny")
+    resumed = RunDir.create(tmp_path / "resumed", config, "tiny")
+    settings = TrainSettings(threads=1)
+    for run in (exact, whole):
+        train(run, corpus, settings)
+    polls = iter(range(1, 100))
+    assert train(resumed, corpus, settings, should_stop=lambda: next(polls) >= 7) is None
+    train(resumed, corpus, settings)
+    assert curve(resumed) == curve(whole)
+    assert [r["loss"] for r in curve(whole)] == pytest.approx(
+        [r["loss"] for r in curve(exact)], rel=0.1
+    )
+    taus = [r["logit_scale"] for r in curve(whole)]
+    assert len(set(taus)) == len(taus)  # in bf16 itself, 14.2 is followed by 14.4
+    with pytest.raises(ConfigError, match="zero_stage 1 or 2"):
+        train(
+            RunDir.create(tmp_path / "refused", config, "tiny"),
+            corpus,
+            TrainSettings(zero_stage=0),
+        )
+
+
 def test_learning_rate_warms_up_linearly_and_ends_at_its_tenth(corpus):
     config = configure(corpus, steps=1000, optim={"lr": 5e-4, "warmup": 0.01})
     rates = [learning_rate(config, step) for step in range(1000)]
