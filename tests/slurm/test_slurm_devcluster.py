@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from scaling.config import ModelConfig, RunConfig, TrainSettings
+from scaling.data.prepare import find_prepared
+from scaling.rundir import RunDir
 from scaling.slurm.doctor import doctor
 from scaling.slurm.logs import log_files, tail
 from scaling.slurm.profile import ClusterProfile, Shape
@@ -90,10 +93,11 @@ def test_a_run_goes_on_from_its_checkpoint(root, make_runs, profile, until, how)
         assert [s["job"]["restart"] for s in starts] == [0, 1]
 
 
-def _rank_process(run) -> int:
-    """The process of rank 0 of a run, on whichever of the nodes of this host."""
-    job = run.attempts()[0].claim["job_id"].split("_")
-    wanted = {f"SLURM_ARRAY_JOB_ID={job[0]}", f"SLURM_ARRAY_TASK_ID={job[1]}", "SLURM_PROCID=0"}
+def _rank_process(run, rank=0) -> int:
+    """The process of a rank of a run, on whichever of the nodes of this host."""
+    main, _, index = run.attempts()[0].claim["job_id"].partition("_")
+    job = {f"SLURM_ARRAY_JOB_ID={main}", f"SLURM_ARRAY_TASK_ID={index}"}
+    wanted = {*(job if index else {f"SLURM_JOB_ID={main}"}), f"SLURM_PROCID={rank}"}
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
             environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
@@ -102,6 +106,60 @@ def _rank_process(run) -> int:
         if wanted <= set(environment):
             return int(pid)
     raise AssertionError("no such process")
+
+
+def test_training_on_two_nodes_repeats_itself_through_a_kill(tiny_corpus, profile, until):
+    root = tiny_corpus(128, pool=24)
+    corpus = find_prepared(root, root / "tiny.toml")
+    config = RunConfig.model_validate(
+        {
+            "model": ModelConfig(layers=1, d_model=16, heads=2, dropout=0.1),
+            "data": {
+                "corpus_digest": corpus.card.digest,
+                "vocab_size": corpus.card.vocab_size,
+                "n_services": 2,
+                "items_per_user": 4,
+            },
+            "batch_size": 16,
+            "negatives": 16,
+            "steps": 80,
+            "evaluations": 4,
+            "pool": corpus.card.pool,
+        }
+    )
+    profile = profile.model_copy(update={"train": TrainSettings(checkpoint_every=10)})
+    # The same run below two roots, side by side.
+    other = root / "other"
+    (other / "corpora").mkdir(parents=True)
+    (other / "corpora" / corpus.path.name).symlink_to(corpus.path)
+    undisturbed, killed = (RunDir.create(r, config, "tiny") for r in (root, other))
+    for run in (undisturbed, killed):
+        submit(run.root, [run], profile, sweep="real")
+    until(lambda: (killed.progress() or {"step": 0})["step"] >= 25, 60, 0.05)
+    os.kill(_rank_process(killed, rank=1), signal.SIGKILL)
+    until(lambda: submit(other, [killed], profile, sweep="real")[0]["action"] == "submit", 30)
+    assert killed.result() is None
+    for run in (undisturbed, killed):
+        (row,) = sync(run.root, [run], profile, sweep="real", watch=True, interval_s=0.5)
+        assert row["state"] == "DONE"
+    assert undisturbed.generations() == [1]
+    assert killed.generations() == [1, 2]
+    assert _start(killed, 2)["resumed_from"] >= 20
+    assert [_start(killed, g)["world_size"] for g in (1, 2)] == [2, 2]
+    for kind, rows in (("train", 80), ("pool", 4)):
+        curves = [_timeless(run.curve(kind)) for run in (undisturbed, killed)]
+        assert len(curves[0]) == rows
+        assert curves[0] == curves[1]
+    final = [run.path / "ckpt/step-000000080/params.safetensors" for run in (undisturbed, killed)]
+    assert final[0].read_bytes() == final[1].read_bytes()
+
+
+def _start(run, generation) -> dict:
+    return json.loads(run.metrics_path(generation).read_text().splitlines()[0])
+
+
+def _timeless(rows) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 def test_doctor_finds_this_cluster_in_order(root, profile):
