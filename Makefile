@@ -53,8 +53,9 @@ check: $(INSTALLED_DEV) ## ruff (lint, format), mypy, import contract
 	$(BIN)/lint-imports
 
 ifeq ($(SLURM),1)
+# A devcluster that is up already stays up.
 test: $(INSTALLED_DEV)
-	@trap 'slurm/devcluster/stop > /dev/null' EXIT; \
+	@slurm/devcluster/status > /dev/null || trap 'slurm/devcluster/stop > /dev/null' EXIT; \
 	slurm/devcluster/start --install && CLUE_SLURM=1 $(BIN)/pytest $(PYTEST)
 else
 test: $(INSTALLED_DEV) ## all tests; SLURM=1 also those on a real Slurm (installs Debian packages, as root)

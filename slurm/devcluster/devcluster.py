@@ -2,6 +2,7 @@
 
     slurm/devcluster/start --install     # as root on Debian or Ubuntu: install the packages, start
     slurm/devcluster/start               # start again; jobs and accounting of before are kept
+    slurm/devcluster/status              # exit status 0 if it is up, 1 if not
     slurm/devcluster/stop
 
 Everything it keeps lies in one folder (``--dir``, default ``<repository>/work/devcluster``), which
@@ -255,9 +256,14 @@ def check_machine(home: Path) -> None:
 # starting and stopping
 
 
+def is_up(home: Path) -> bool:
+    """Whether this cluster was started and all its daemons run."""
+    return (home / STATE).exists() and processes(home).keys() == set(ORDER)
+
+
 def start(home: Path, do_install: bool) -> None:
     check_machine(home)
-    if (home / STATE).exists() and processes(home).keys() == set(ORDER):
+    if is_up(home):
         print(f"already up; to use it:\n  export SLURM_CONF={home / 'etc' / 'slurm.conf'}")
         return
     if missing():
@@ -411,7 +417,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=("start", "stop"))
+    parser.add_argument("action", choices=("start", "status", "stop"))
     parser.add_argument(
         "--dir",
         type=Path,
@@ -426,6 +432,10 @@ def main() -> int:
     try:
         if args.action == "start":
             start(home, args.install)
+        elif args.action == "status":
+            up = is_up(home)
+            print("up" if up else "not up")
+            return 0 if up else 1
         else:
             stop(home)
     except Refused as e:

@@ -1,6 +1,8 @@
 """``slurm/devcluster`` touches nothing that is not its own."""
 
 import importlib.util
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -79,3 +81,56 @@ def test_stop_where_nothing_was_started(tmp_path):
     done = subprocess.run([SCRIPT.parent / "stop", "--dir", tmp_path / "none"], check=False)
     assert done.returncode == 0
     assert not (tmp_path / "none").exists()
+
+
+def test_status_where_nothing_was_started(script, tmp_path):
+    status = [SCRIPT.parent / "status", "--dir", tmp_path / "none"]
+    done = subprocess.run(status, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "not up\n")
+    assert not (tmp_path / "none").exists()
+
+
+def test_status_wants_every_daemon(script, tmp_path, monkeypatch):
+    (tmp_path / script.STATE).touch()
+    running = dict.fromkeys(script.ORDER, 1)
+    monkeypatch.setattr(script, "processes", lambda home: running)
+    assert script.is_up(tmp_path)
+    del running["munged"]
+    assert not script.is_up(tmp_path)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+@pytest.mark.parametrize(
+    ("up", "tests", "calls"),
+    [
+        (True, 0, ["status", "start --install", "pytest"]),
+        (False, 0, ["status", "start --install", "pytest", "stop"]),
+        (False, 1, ["status", "start --install", "pytest", "stop"]),
+    ],
+)
+def test_make_stops_only_what_it_started(tmp_path, up, tests, calls):
+    cluster, installed = tmp_path / "slurm" / "devcluster", tmp_path / ".venv"
+    exits = {
+        cluster / "status": 0 if up else 1,
+        cluster / "start": 0,
+        cluster / "stop": 0,
+        installed / "bin" / "pytest": tests,
+        installed / "bin" / "python": 0,
+    }
+    shutil.copy(SCRIPT.parents[2] / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    for command, status in exits.items():
+        command.parent.mkdir(parents=True, exist_ok=True)
+        words = '"${0##*/}${*:+ $*}"'
+        command.write_text(f"#!/bin/sh\necho {words} >> {tmp_path}/calls\nexit {status}\n")
+        command.chmod(0o755)
+    for stamp in (".installed", ".installed-dev"):
+        (installed / stamp).touch()
+    # Neither settings of a `make test` around us nor its arguments of pytest.
+    environment = {k: os.environ[k] for k in ("PATH", "HOME") if k in os.environ}
+    done = subprocess.run(
+        ["make", "test", "SLURM=1"], cwd=tmp_path, env=environment, capture_output=True, check=False
+    )
+    assert bool(done.returncode) == bool(tests)
+    assert (tmp_path / "calls").read_text().splitlines() == calls
