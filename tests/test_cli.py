@@ -316,6 +316,59 @@ def test_a_law_is_fitted_to_any_table(tmp_path: Path) -> None:
     assert "torn.parquet: not a readable table" in refused("fit", tmp_path / "torn.parquet")
 
 
+def write_points(path: Path, rows: list[tuple[object, object]]) -> Path:
+    path.write_text("\n".join(f"{x},{y}" for x, y in [("pf_days", "loss"), *rows]) + "\n")
+    return path
+
+
+def test_a_law_that_did_not_converge_is_no_fit_to_rely_on(tmp_path: Path) -> None:
+    rising = write_points(tmp_path / "rise.csv", [(x, x) for x in range(1, 9)])
+    said = call("fit", rising, "--n-boot", 20).stdout
+    assert "not a fit to rely on: BOUND_HIT, on a bound: exponent" in said
+    assert "lower" not in said
+    assert json.loads(call("fit", rising, "--n-boot", 20, "--json").stdout)["status"] == "BOUND_HIT"
+
+
+def test_a_fit_says_which_rows_it_used(tmp_path: Path) -> None:
+    law = [(x, 2 * x**-0.25) for x in (1e-3, 1e-2, 1e-1, 1, 10)]
+    table = write_points(tmp_path / "c.csv", [*law, ("", 1), (-1, 1), ("inf", 1), (1, 0), (2, "")])
+    said = call("fit", table, "--n-boot", 20).stdout.splitlines()
+    assert said[0] == (
+        "5 rows fitted; dropped: 1 where pf_days is null, 2 where pf_days is not positive and "
+        "finite, 1 where loss is null, 1 where loss is not positive and finite"
+    )
+    assert said[1].startswith("CONVERGED, ")
+    assert said[-1] == "lower, upper: 95 %, 20 bootstrap draws"
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([(1, 2), (2, "abc"), (3, 1)], "'loss' holds 1 values that are no numbers, the first in "
+         "row 2: 'abc'"),
+        ([("2024-01-01", 2)], "'pf_days' holds 1 values that are no numbers, the first in row 1: "
+         "'2024-01-01'"),
+        ([("True", 2), ("False", 1)], "'pf_days' holds bool, not numbers"),
+        ([], "needs at least 3 distinct points, the table has 0"),
+    ],
+)  # fmt: skip
+def test_a_table_without_numbers_is_refused(
+    tmp_path: Path, rows: list[tuple[object, object]], said: str
+) -> None:
+    table = write_points(tmp_path / "t.csv", rows)
+    assert f"{table}: " in refused("fit", table)
+    assert said in refused("fit", table)
+
+
+def test_what_is_no_table_is_not_fitted(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("no table")
+    said = refused("fit", tmp_path / "README.md")
+    assert "README.md: neither a sweep file (.toml) nor a folder of tables" in said
+    assert "none.txt: no such file or folder" in refused("fit", tmp_path / "none.txt")
+    for option in ("--n-boot", "--seed"):
+        assert call("fit", tmp_path / "c.csv", option, -1).exit_code == 2
+
+
 def test_doctor_has_a_word_on_every_question(study: Path) -> None:
     words = ["doctor", study / "local.toml", "--root", study]
     findings = json.loads(call(*words, "--json").stdout)

@@ -158,8 +158,8 @@ def fit_additive(
     if frontier:
         mask = on_frontier(log_x[:, 0], log_y)
         dropped["not on the compute frontier"] = int((~mask).sum())
-    n_params = 2 * len(factors) + irreducible
-    _check_enough(log_x[mask], factors, n_params, dropped)
+    n_free = 2 * len(factors) + irreducible
+    _check_enough(log_x[mask], factors, n_free, dropped)
 
     n_clusters = int(codes.max()) + 1
     resampled = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=n_boot)
@@ -169,7 +169,7 @@ def fit_additive(
     kept = mask | (draws > 0).any(axis=0)
     problem = Problem(log_x[kept], log_y[kept], irreducible, delta)
     weights, draws = mask[kept].astype(np.float64), draws[:, kept]
-    enough = [len(np.unique(problem.log_x[d > 0], axis=0)) >= n_params for d in draws]
+    enough = [len(np.unique(problem.log_x[d > 0], axis=0)) >= n_free for d in draws]
     draws = draws[np.array(enough, dtype=bool)]
 
     scattered = scatter_starts(problem, STARTS_SCORED, rng)
@@ -208,7 +208,7 @@ def usable_rows(
     """Rows where all columns are finite and positive, and how many each rule left out.
 
     Raises:
-        FitError: a column is missing.
+        FitError: a column is missing, or holds something else than numbers.
     """
     needed = [*columns, *([cluster] if cluster else [])]
     missing = [c for c in needed if c not in df]
@@ -221,7 +221,7 @@ def usable_rows(
     dropped: dict[str, int] = {}
     keep = np.ones(len(df), dtype=bool)
     for name in columns:
-        values = pd.to_numeric(df[name]).to_numpy(dtype=np.float64, na_value=np.nan)
+        values = _numbers(df[name])
         for rule, bad in (
             (f"{name} is null", np.isnan(values)),
             (
@@ -235,8 +235,27 @@ def usable_rows(
     return df[keep], dropped
 
 
+def _numbers(column: "pd.Series[Any]") -> Array:
+    """A column as floats, NaN where it is null. Dates and truth values count as no numbers."""
+    kind = column.infer_objects().dtype
+    types = pd.api.types
+    texts = types.is_object_dtype(kind) or types.is_string_dtype(kind)
+    if types.is_bool_dtype(kind) or not (texts or types.is_numeric_dtype(kind)):
+        raise FitError(f"column {column.name!r} holds {kind}, not numbers")
+    numbers = pd.to_numeric(column, errors="coerce")
+    wrong = (numbers.isna() & column.notna()).to_numpy()
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise FitError(
+            f"column {column.name!r} holds {int(wrong.sum())} values that are no numbers, the "
+            f"first in row {row + 1}: {column.iloc[row]!r}"
+        )
+    values: Array = numbers.to_numpy(dtype=np.float64, na_value=np.nan)
+    return values
+
+
 def _check_enough(
-    log_x: Array, factors: tuple[str, ...], n_params: int, dropped: Mapping[str, int]
+    log_x: Array, factors: tuple[str, ...], n_free: int, dropped: Mapping[str, int]
 ) -> None:
     points = len(np.unique(log_x, axis=0)) if len(log_x) else 0
     for k, name in enumerate(factors):
@@ -244,11 +263,11 @@ def _check_enough(
             raise FitError(
                 f"{name} is {np.exp(log_x[0, k]):.6g} in every row: no exponent of it can be fitted"
             )
-    if points <= n_params:
+    if points <= n_free:
         left_out = "".join(f"; {count} rows left out: {rule}" for rule, count in dropped.items())
         raise FitError(
-            f"a law with {n_params} parameters in {', '.join(factors)} needs at least "
-            f"{n_params + 1} distinct points, the table has {points}{left_out}"
+            f"a law with {n_free} parameters in {', '.join(factors)} needs at least "
+            f"{n_free + 1} distinct points, the table has {points}{left_out}"
         )
 
 
@@ -306,7 +325,7 @@ def _judge(
 def _bootstrap(problem: Problem, optima: list[Array], draws: Array) -> tuple[Array, int]:
     """``[B, P]`` the best optimum of every draw, and how many draws missed the tolerance."""
     if not len(draws):
-        return np.empty((0, problem.n_params)), 0
+        return np.empty((0, problem.n_free)), 0
     if problem.floor:  # the basin most often changed into: no floor at all
         optima = [*optima, np.concatenate([[0.0], optima[0][1:]])]
     found = [

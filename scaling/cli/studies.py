@@ -1,6 +1,6 @@
 """Verbs on whole studies: laws, figures, the state of a cluster, the demo."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,8 @@ from scaling.cli.terminal import cell, print_json, print_table
 Table = Annotated[
     Path, typer.Argument(help="Sweep file, folder of its tables, or any Parquet or CSV table.")
 ]
+TABLES = (".parquet", ".csv")
+"""Endings of the tables that `fit` reads itself."""
 ClusterFile = Annotated[Path, typer.Argument(help="Cluster profile (TOML).")]
 
 
@@ -22,8 +24,8 @@ def fit(
     results: Results = RESULTS,
     x: Annotated[str, typer.Option(help="Column of a Parquet or CSV table.")] = "pf_days",
     y: Annotated[str, typer.Option(help="Column of a Parquet or CSV table.")] = "loss",
-    n_boot: Annotated[int, typer.Option(help="Bootstrap draws.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Seed of starts and bootstrap.")] = 0,
+    n_boot: Annotated[int, typer.Option(min=0, help="Bootstrap draws; 0: no interval.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of starts and bootstrap.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Fit the laws of a sweep, or one power law to a table.
@@ -36,13 +38,12 @@ def fit(
         clue-scaling fit sweeps/demo.toml
         clue-scaling fit results/demo/runs.parquet --x pf_days_exact --y loss
     """
-    if table.suffix in (".parquet", ".csv"):
+    if table.suffix in TABLES:
         law = _fit_table(table, x, y, n_boot, seed)
         if as_json:
             print_json(law)
         else:
-            typer.echo(law["equation"])
-            print_table(list(_parameters(law)), ["parameter", "estimate", "lower", "upper"])
+            _print_law(law)
         return
     from scaling.analysis.report import study, write_study
     from scaling.results import load
@@ -120,16 +121,24 @@ def demo(root: Root = WORK) -> None:
 
 def _tables(table: Path, results: Path) -> Path:
     """Folder of the tables of a sweep file, or the folder itself."""
-    if table.suffix != ".toml":
-        return table
-    from scaling.sweeps import Grid
+    if table.suffix == ".toml":
+        from scaling.sweeps import Grid
 
-    return results / Grid.read(table).name
+        return results / Grid.read(table).name
+    if not table.is_dir():
+        if not table.exists():
+            raise ClueError(f"{table}: no such file or folder")
+        raise ClueError(
+            f"{table}: neither a sweep file (.toml) nor a folder of tables (fit also reads a "
+            f"{' or '.join(TABLES)} table)"
+        )
+    return table
 
 
 def _fit_table(path: Path, x: str, y: str, n_boot: int, seed: int) -> dict[str, Any]:
     import pandas as pd
 
+    from scaling.analysis.additive import FitError
     from scaling.analysis.fit import fit_power_law
 
     if not path.is_file():
@@ -137,15 +146,32 @@ def _fit_table(path: Path, x: str, y: str, n_boot: int, seed: int) -> dict[str, 
     try:
         df = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except ValueError as e:  # pandas' and pyarrow's parser errors are ValueErrors
-        raise ClueError(f"{path}: not a readable table: {e}") from None
+        raise ClueError(f"{path}: not a readable table: {str(e).strip()}") from None
     cluster = "run_key" if "run_key" in df else None
-    return fit_power_law(df, x=x, y=y, n_boot=n_boot, seed=seed, cluster=cluster).to_dict()
+    try:
+        return fit_power_law(df, x=x, y=y, n_boot=n_boot, seed=seed, cluster=cluster).to_dict()
+    except FitError as e:
+        raise ClueError(f"{path}: {e}") from None
 
 
-def _parameters(law: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _print_law(law: Mapping[str, Any]) -> None:
+    """A law, its rows and its status; intervals only where the fit converged."""
+    rows, good = law["rows"], law["status"] == "CONVERGED"
+    dropped = ", ".join(f"{n} where {rule}" for rule, n in rows["dropped"].items()) or "none"
+    typer.echo(f"{rows['used']} rows fitted; dropped: {dropped}")
+    typer.echo(f"{'' if good else 'not a fit to rely on: '}{law['status']}, {law['message']}")
+    typer.echo(law["equation"])
+    intervals = law["ci95"] if good else None
+    parameters = []
     for name, estimate in law["params"].items():
-        lower, upper = (law["ci95"] or {}).get(name, (None, None))
-        yield {"parameter": name, "estimate": estimate, "lower": lower, "upper": upper}
+        lower, upper = (intervals or {}).get(name, (None, None))
+        parameters.append({"parameter": name, "estimate": estimate, "lower": lower, "upper": upper})
+    shown = ["parameter", "estimate", *(["lower", "upper"] if intervals else [])]
+    print_table(parameters, shown)
+    if intervals:
+        boot = law["bootstrap"]
+        failed = f", {boot['failed']} failed" if boot["failed"] else ""
+        typer.echo(f"lower, upper: 95 %, {boot['draws']} bootstrap draws{failed}")
 
 
 def _print_study(fits: Mapping[str, Any]) -> None:
@@ -157,7 +183,7 @@ def _print_study(fits: Mapping[str, Any]) -> None:
     laws = []
     for record in [compute["headline"], *compute["alternatives"]]:
         law = record["fit"]
-        row = {k: record[k] for k in ("x", "points", "floor", "delta")}
+        row = {k: record[k] for k in ("x", "y", "points", "floor", "delta")}
         if law is not None:
             lower, upper = (law["ci95"] or {}).get("exponent", (None, None))
             row |= {"exponent": law["params"]["exponent"], "lower": lower, "upper": upper}

@@ -274,6 +274,8 @@ def test_verdicts(gradient: float, exhausted: bool, agree: float, status: FitSta
         ),
         (study(n=3), {"irreducible": True}, "needs at least 4 distinct points"),
         (study().assign(loss=np.nan), {}, "has 0; 16 rows left out: loss is null"),
+        (study().assign(loss="high"), {}, "16 values that are no numbers, the first in row 1: 'hi"),
+        (study().assign(loss=pd.Timestamp(2024, 1, 1)), {}, "'loss' holds datetime64"),
         (study().iloc[:0], {}, "the table has 0"),
     ],
 )
