@@ -235,8 +235,10 @@ def _write_task(
     able = logs.filter(logs.service == service).group_by("key").aggregate(n=lambda t: t.count())
     able = able.filter(able.n >= config.targets + config.min_history)
     logs = logs.semi_join(able, "key")
-    timed = not db.value(logs.time.isnull().any())
-    order = ("key", "time", "position", "item")
+    timed = _timed(db, logs, name, file)
+    order = ("key", "position", "item")
+    if config.cut != "order":
+        order = ("key", "time", *order[1:])
     columns = {
         "key": np.uint64,
         "service": np.int64,
@@ -275,10 +277,34 @@ def _write_task(
     record = {
         "schema_version": TASK_VERSION,
         "name": name,
-        "services": names,
+        "services": [file.all_services[s] for s in arrays.history],
         **config.model_dump(mode="json"),
         "cut": arrays.cut,
         "n_users": len(task_keys),
         "n_candidates": len(candidates),
     }
     write_json(folder / "task.json", record)
+
+
+def _timed(db: Scratch, logs: Any, name: str, file: CorpusFile) -> bool:
+    """Whether the logs of a task have times.
+
+    Raises:
+        CorpusError: only some have, and the task would compare them.
+    """
+    found = logs.group_by("service").aggregate(
+        timed=logs.time.notnull().any(), untimed=logs.time.isnull().any()
+    )
+    service, *flags = db.fetch(
+        found, {"service": np.int64, "timed": np.bool_, "untimed": np.bool_}, ("service",)
+    )
+    timed, untimed = (
+        ", ".join(file.all_services[s] for s in service[flag].tolist()) for flag in flags
+    )
+    if timed and untimed and file.tasks[name].cut != "order":
+        raise CorpusError(
+            f"task {name!r}: there are logs without times of {untimed}, and with times of {timed}; "
+            f"which were earlier is unknown. tasks.{name}.cut = 'order' needs no times and keeps "
+            f"histories of {file.tasks[name].service!r} alone"
+        )
+    return not untimed

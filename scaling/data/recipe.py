@@ -33,7 +33,7 @@ class LogFilters(Frozen):
     drop_untitled: bool = True
     """Drop logs whose item text is blank; False: refuse them."""
     min_rating: float | None = None
-    """Drop logs rated lower, and unrated ones."""
+    """Drop logs rated lower, and unrated ones; a service without any rating is refused."""
     deduplicate: Literal["latest", "none"] = "latest"
     """Of several logs of one user and item keep the latest (the paper keeps one)."""
 
@@ -80,7 +80,8 @@ class TaskConfig(Frozen):
     """Items per target, uniform among those of the service that the user never touched."""
     cut: Literal["day", "time", "order"] | None = None
     """History is strictly before the first target by day, by time or by stored order; None: by day
-    where all times are whole days, by order where there are none, else by time."""
+    where all times are whole days, by order where there are none, else by time. By order, the task
+    has histories of its own service alone."""
 
 
 class Nominal(Frozen):

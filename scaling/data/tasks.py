@@ -4,7 +4,8 @@ Shin et al. 2023, Section 4: a user's latest logs of a service are the targets, 
 100 negatives drawn uniformly from the service's items that the user never touched. Negatives are
 drawn once and stored. The history ends strictly before the first target; where times
 are days it ends the day before, as the order within a day is arbitrary and a basket would give its
-own items away.
+own items away. Where it goes by stored order it holds the task's own service alone: positions of
+different services do not say which log was earlier.
 
     tasks/<task>/
         task.json
@@ -38,7 +39,8 @@ DAY = 86_400
 
 @dataclass(frozen=True)
 class TaskLogs:
-    """All logs of a task's users in its history services, in order of (user, time, position)."""
+    """All logs of a task's users in its history services, in order of (user, time, position), or
+    of (user, position) where the task is cut by stored order."""
 
     user: Ints
     """Row of the user, ascending. [logs]"""
@@ -49,7 +51,7 @@ class TaskLogs:
     time: Ints
     """Unix time [s]; all zero where there are no times. [logs]"""
     position: Ints
-    """Stored order among a user's logs. [logs]"""
+    """Stored order among a user's logs of one service. [logs]"""
     timed: bool
     """Whether the logs have times."""
 
@@ -64,7 +66,8 @@ class TaskArrays:
     negatives: Ints
     """[users, targets, negatives]"""
     history: dict[int, tuple[Ints, Ints]]
-    """Per service: lengths and items, oldest first. [users], [logs]"""
+    """Per service (the task's own alone if cut by order): lengths and items, oldest first.
+    [users], [logs]"""
 
 
 def build_task(
@@ -101,7 +104,7 @@ def build_task(
     clock = _clock(cut, logs)
     before = clock < clock[last[:, 0]][logs.user]
     history = {}
-    for s in services:
+    for s in (service,) if cut == "order" else services:
         kept = np.flatnonzero(before & (logs.service == s))
         lengths = np.bincount(logs.user[kept], minlength=n_users)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
@@ -176,7 +179,7 @@ class Task:
     Attributes:
         name: of the task.
         service: whose items are predicted.
-        services: whose histories are stored: the task's service first.
+        services: whose histories are stored: the task's service first, and alone if cut by order.
         cut: ``day``, ``time`` or ``order``: what "before the first target" means.
         keys: of the users, ascending. [users]
         group: hash group 0..9 of each user, the unit of splits. [users]

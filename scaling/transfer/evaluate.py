@@ -145,7 +145,8 @@ def evaluate(
         folds: 2, 5 or 10; every user is tested in one of them.
         seed: of the heads.
         history: user features from the task's own service (the paper's Table 2), or from all
-            history services of the task side by side, in sorted order.
+            history services of the task side by side, in sorted order; a task that is cut by
+            stored order has no others.
         progress: called with (folds done, folds in all).
 
     Returns:
@@ -155,8 +156,8 @@ def evaluate(
         compare over runs; null for popularity.
 
     Raises:
-        TransferError: the corpus is not the run's, a setting is not valid, or the encoder's
-            features are not finite (a diverged run).
+        TransferError: the corpus is not the run's, a setting is not valid (for a task), or the
+            encoder's features are not finite (a diverged run).
         RecordError: the run has no whole checkpoint, or its record is torn.
         CorpusError: the corpus has no such task.
     """
@@ -173,6 +174,13 @@ def evaluate(
     rows: list[Row] = []
     for done, name in enumerate(tasks):
         task = Task.open(corpus, name)
+        others = sorted(set(corpus.card.services) - {task.service})
+        if history == "all" and task.cut == "order" and others:
+            raise TransferError(
+                f"task {name!r}: history = 'all' would need to know which logs of "
+                f"{', '.join(others)} came before the targets, but the task is cut by stored order "
+                f"(cut = 'order'), which says so within {task.service!r} alone; valid: target"
+            )
         path = run.path / "transfer" / f"{name}.json"
         header = {
             "schema_version": SCHEMA_VERSION,

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import numpy as np
@@ -5,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling.data.corpus import CorpusError
-from scaling.data.prepare import find_prepared
+from scaling.data.corpus import Corpus, CorpusError
+from scaling.data.prepare import find_prepared, prepare
 from scaling.data.recipe import TaskConfig
 from scaling.data.tasks import DAY, Task, TaskLogs, build_task, draw_negatives, make_history_batch
 
@@ -98,11 +99,117 @@ def test_history_ends_before_the_first_target():
     assert clock.history[0][1].tolist() == [0, 1, 2][:2]  # 9 is not before 9
     same_day = built([0, 5, 9, 9, 10], cut="day")
     assert same_day.history[0][1].tolist() == []
-    order = built([0] * 5, timed=False)
+    order = built([0] * 5, timed=False, services=[0, 0, 1, 0, 0])
     assert order.cut == "order"
-    assert order.history[0][1].tolist() == [0, 1, 2]
+    # Positions of another service may lie before those of this one, whatever came first.
+    assert {s: items.tolist() for s, (_, items) in order.history.items()} == {0: [0, 1]}
     with pytest.raises(CorpusError, match="the logs have no times"):
         built([0] * 5, timed=False, cut="time")
+
+
+def services_in_files(folder, *timed):
+    """Logs of 30 users: books in one file, garden in another; the services in ``timed`` have times.
+
+    Item i of a service is a user's i-th log of it.
+    """
+    tables = ""
+    for service, n_logs in (("books", 6), ("garden", 4)):
+        rows = [f"u{u},{service} {i},{100 + i}" for u in range(30) for i in range(n_logs)]
+        rows.append(f"other,{service} spare,0")  # the negative
+        (folder / f"{service}.csv").write_text("\n".join(["user,text,time", *rows]) + "\n")
+        columns = 'user = "user", text = "text"' + ', time = "time"' * (service in timed)
+        tables += f"""
+[[source.tables]]
+files = ["{service}.csv"]
+service = "{service}"
+columns = {{ {columns} }}
+"""
+    toml = folder / "files.toml"
+    toml.write_text(
+        f"""
+name = "files"
+services = ["books", "garden"]
+[source]
+kind = "tables"
+{tables}
+[users]
+downstream = 0.5
+validation = 2
+pool = 4
+[tokenizer]
+vocab_size = 300
+[tasks.garden]
+service = "garden"
+targets = 1
+negatives = 1
+[tasks.books]
+service = "books"
+targets = 2
+negatives = 1
+"""
+    )
+    return toml
+
+
+def stored_history(corpus, task, service):
+    offsets, items = task.history(service)
+    return [
+        (items[a:b] - corpus.service_items(service)[0]).tolist()
+        for a, b in itertools.pairwise(offsets.astype(int))
+    ]
+
+
+def test_without_times_a_task_has_no_history_of_other_services(tmp_path):
+    toml = services_in_files(tmp_path)
+    corpus = Corpus.open(prepare(toml, tmp_path))
+    for service, before in (("books", [0, 1, 2, 3]), ("garden", [0, 1, 2])):
+        task = Task.open(corpus, service)
+        assert (task.cut, task.services) == ("order", (service,))
+        assert stored_history(corpus, task, service) == [before] * task.n_users
+        record = json.loads((task.path / "task.json").read_text())
+        assert record["services"] == [service]
+        assert [p.name for p in (task.path / "history").iterdir()] == [service]
+    corpus.verify()
+
+
+def test_with_times_a_task_has_histories_of_all_services(tmp_path):
+    corpus = Corpus.open(prepare(services_in_files(tmp_path, "books", "garden"), tmp_path))
+    task = Task.open(corpus, "garden")
+    assert (task.cut, task.services) == ("time", ("garden", "books"))
+    assert stored_history(corpus, task, "books") == [[0, 1, 2]] * task.n_users
+
+
+def test_times_in_only_some_services_are_refused_unless_none_is_needed(tmp_path):
+    toml = services_in_files(tmp_path, "books")
+    with pytest.raises(
+        CorpusError,
+        match=r"task 'garden': there are logs without times of garden, and with times of books; "
+        r".*tasks\.garden\.cut = 'order'",
+    ):
+        prepare(toml, tmp_path)
+    toml.write_text(toml.read_text().replace("targets =", 'cut = "order"\ntargets ='))
+    corpus = Corpus.open(prepare(toml, tmp_path))
+    for service, before in (("books", [0, 1, 2, 3]), ("garden", [0, 1, 2])):
+        task = Task.open(corpus, service)
+        assert task.services == (service,)
+        assert stored_history(corpus, task, service) == [before] * task.n_users
+
+
+def test_stored_order_against_times(tiny_corpus):
+    root = tiny_corpus()
+    path = root / "tiny.toml"
+    path.write_text(
+        path.read_text().replace("[tasks.beauty]", '[tasks.order]\nservice = "books"\n'
+                                 'targets = 2\nnegatives = 5\ncut = "order"\n[tasks.beauty]')
+    )  # fmt: skip
+    corpus = Corpus.open(prepare(path, root))
+    by_order, by_time = Task.open(corpus, "order"), Task.open(corpus, "books")
+    assert (by_order.targets != by_time.targets).any()
+    offsets, items = by_order.history("books")
+    for u, targets in enumerate(by_order.targets.tolist()):
+        assert not set(targets) & set(items[offsets[u] : offsets[u + 1]].tolist())
+    lengths = np.diff(offsets.astype(int))
+    assert lengths.min() >= 1
 
 
 def test_stored_task_and_history_batch(corpus):

@@ -186,6 +186,20 @@ def test_a_run_of_another_corpus_is_refused(corpus: Corpus) -> None:
         evaluate(run, corpus, ["books"])
 
 
+def test_the_histories_that_stored_order_cannot_tell_are_refused(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = corpus.path / "tasks" / "books" / "task.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cut": "order"}))
+    config = configure(corpus)
+    run = RunDir.create(corpus.path.parent.parent, config, corpus.card.name)
+    model = build(config.model, config.data.vocab_size).eval()
+    monkeypatch.setattr("scaling.transfer.evaluate.load_encoder", lambda run: (model, 6))
+    with pytest.raises(TransferError, match=r"task 'books': history = 'all' .*garden.*'order'"):
+        evaluate(run, corpus, ["books"], history="all")
+    assert not (run.path / "transfer").exists()
+
+
 def test_a_diverged_encoder_is_refused_by_name(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
