@@ -1,5 +1,6 @@
 """What the documents promise exists: links, anchors, paths, commands, options, versions."""
 
+import gzip
 import json
 import re
 import shlex
@@ -9,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pyarrow as pa
+import pyarrow.parquet as pq
 import typer.main
 
 from scaling.analysis.report import FITS_VERSION
 from scaling.cli import app
 from scaling.config import ModelConfig, PoolConfig, RunConfig
 from scaling.data.corpus import SCHEMA_VERSION as CORPUS_VERSION
-from scaling.data.prepare import read_card
+from scaling.data.corpus import Corpus
+from scaling.data.prepare import prepare, read_card
 from scaling.data.recipe import read_corpus_file
 from scaling.files import read_json
 from scaling.results import TABLES_VERSION
@@ -181,6 +185,30 @@ def test_the_index_of_formats_names_every_section() -> None:
 def written_versions(root: Path) -> dict[str, int]:
     """The version that the code gives each format."""
     config = RunConfig(
+@pytest.mark.slow
+def test_the_corpus_of_the_guide_can_be_prepared(tmp_path: Path) -> None:
+    """On logs of the layout it describes: searches without ratings, orders with them."""
+    searches, orders = [], ["customer,site,sku,title,at,stars"]
+    for user in range(2_400):
+        for log in range(4):
+            word, day = (user * 7 + log) % 50, f"2024-01-{log + 1:02}"
+            time = 1_700_000_000_000 + user * 1_000 + log
+            searches.append({"uid": f"u{user}", "query": f"query {word}", "ts": time})
+            for site in ("shop", "travel"):
+                # An item for every user and log: negatives are drawn from 100 others.
+                sku = (user + log * 31) % 200
+                orders.append(f"u{user},{site},{site}{sku},{site} {sku},{day}T10:00:00,{log + 1}")
+    pq.write_table(pa.Table.from_pylist(searches), tmp_path / "search-1.parquet")
+    (tmp_path / "orders.csv.gz").write_bytes(gzip.compress("\n".join(orders).encode()))
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    corpus = re.findall(r"^```toml\n(.*?)^```", guide, re.M | re.S)[0]
+    assert corpus.count('"/data/logs/') == 2
+    (tmp_path / "mine.toml").write_text(corpus.replace("/data/logs/", f"{tmp_path}/"))
+    card = Corpus.open(prepare(tmp_path / "mine.toml", tmp_path)).card
+    assert card.services == ("search", "shop")
+    assert card.n_users == 2_400 - 240 - 2 * 1_024
+
+
         model=ModelConfig(layers=1, d_model=8, heads=1),
         data={"corpus_digest": "a" * 16, "vocab_size": 300},
         batch_size=2,

@@ -48,8 +48,8 @@ def clean_logs(db: Scratch, file: CorpusFile, base: Path, where: str) -> CleanLo
     steps: list[dict[str, Any]] = []
     rules = file.logs
 
-    def step(name: str, table: Any, expression: Any = None) -> Any:
-        made = db.create(name, table if expression is None else expression)
+    def step(name: str, expression: Any) -> Any:
+        made = db.create(name, expression)
         left = db.value(made.aggregate(logs=made.count(), users=made.user.nunique())).iloc[0]
         steps.append({"step": name, "logs": int(left.logs), "users": int(left.users)})
         return made
@@ -64,6 +64,7 @@ def clean_logs(db: Scratch, file: CorpusFile, base: Path, where: str) -> CleanLo
     if bad > rules.max_malformed * total:
         raise _malformed(db, raw.filter(malformed), bad, total, rules.max_malformed, where)
 
+    _refuse_absent(db, raw.filter(~malformed), file, where)
     names = ibis.literal(list(file.all_services))
     logs = step(
         "services",
@@ -73,7 +74,6 @@ def clean_logs(db: Scratch, file: CorpusFile, base: Path, where: str) -> CleanLo
         ),
     )
     db.drop("raw")
-    _refuse_empty(db, logs, file, where)
 
     texts = _cleaned_texts(db, logs, rules.clean_text)
     logs = logs.left_join(texts, logs.text == texts.raw_text).select(
@@ -88,18 +88,17 @@ def clean_logs(db: Scratch, file: CorpusFile, base: Path, where: str) -> CleanLo
     titled = step("titled", logs.filter(logs.text.notnull()))
     if not rules.drop_untitled and (lost := steps[-2]["logs"] - steps[-1]["logs"]):
         raise CorpusError(f"{where}: logs.drop_untitled = false, but {lost} logs have no text")
+    _refuse_empty(db, logs, titled, "no text", file, where)
     logs = titled
     if rules.min_rating is not None:
-        if not db.value(logs.rating.notnull().any()):
-            raise CorpusError(
-                f"{where}: logs.min_rating = {rules.min_rating}, but no log has a rating"
-            )
-        logs = step("rated", logs.filter(logs.rating >= rules.min_rating))
+        _refuse_unrated(db, logs, file, where)
+        rated = step("rated", logs.filter(logs.rating >= rules.min_rating))
+        _refuse_empty(db, logs, rated, f"logs.min_rating = {rules.min_rating}", file, where)
+        logs = rated
     if rules.deduplicate == "latest":
         latest = ibis.struct({"time": logs.time, "position": logs.position, "text": logs.text})
         best = logs.group_by("user", "service", "item").aggregate(best=latest.max())
         logs = step("deduplicated", best.unpack("best"))
-    _refuse_empty(db, logs, file, where)
 
     users = _hashed_users(db, logs, file)
     items = _numbered_items(db, logs)
@@ -128,11 +127,35 @@ def _malformed(
     )
 
 
-def _refuse_empty(db: Scratch, logs: Any, file: CorpusFile, where: str) -> None:
-    there = set(db.value(logs.select("service").distinct()).service)
+def _refuse_absent(db: Scratch, logs: Any, file: CorpusFile, where: str) -> None:
+    there = sorted(db.value(logs.select("service").distinct()).service)
+    for name in file.all_services:
+        if name not in there:
+            listed = ", ".join(there[:10]) + (", ..." if len(there) > 10 else "")
+            raise CorpusError(
+                f"{where}: no log of service {name!r} in the source; "
+                f"services there: {listed or 'none'}"
+            )
+
+
+def _refuse_empty(
+    db: Scratch, before: Any, after: Any, why: str, file: CorpusFile, where: str
+) -> None:
+    there = set(db.value(after.select("service").distinct()).service)
     for index, name in enumerate(file.all_services):
         if index not in there:
-            raise CorpusError(f"{where}: service {name!r} has no logs left")
+            had = int(db.value((before.service == index).sum()))
+            raise CorpusError(f"{where}: service {name!r} has no logs left ({why}: {had} -> 0)")
+
+
+def _refuse_unrated(db: Scratch, logs: Any, file: CorpusFile, where: str) -> None:
+    rated = set(db.value(logs.filter(logs.rating.notnull()).select("service").distinct()).service)
+    for index, name in enumerate(file.all_services):
+        if index not in rated:
+            raise CorpusError(
+                f"{where}: logs.min_rating = {file.logs.min_rating}, "
+                f"but no log of service {name!r} has a rating; it needs ratings in every service"
+            )
 
 
 def _cleaned_texts(db: Scratch, logs: Any, clean: bool) -> Any:

@@ -198,12 +198,29 @@ def test_bad_logs(tiny_corpus):
     with pytest.raises(CorpusError, match="its source has no logs"):
         prepare(path, root)
     logs.write_text("who,where,what,when\nu1,books,a,1\nu1,beauty,a,1\n")
-    with pytest.raises(CorpusError, match="service 'garden' has no logs left"):
+    with pytest.raises(CorpusError, match=r"no log of service 'garden' .* there: beauty, books"):
+        prepare(path, root)
+    logs.write_text("who,where,what,when\nu1,books,a,1\nu1,beauty,a,1\nu1,garden, ,1\n")
+    with pytest.raises(CorpusError, match=r"'garden' has no logs left \(no text: 1 -> 0\)"):
         prepare(path, root)
     logs.write_text("who,where,what,when\nu1,books,a,1\nu2,garden,a,1\nu3,beauty,a,1\n")
     with pytest.raises(CorpusError, match="no user has 1 or more logs in each of the services"):
         prepare(path, root)
     assert left(root) == before
+
+
+def test_ratings_that_leave_a_service_nothing(tiny_corpus):
+    root = tiny_corpus()
+    path, logs = root / "tiny.toml", root / "logs.csv"
+    edited(root, 'time = "when"', 'time = "when", rating = "stars"')
+    edited(root, "[users]", "[logs]\nmin_rating = 4.0\n[users]")
+    rows = "who,where,what,when,stars\nu1,books,a,1,5\nu1,beauty,a,1,5\n"
+    logs.write_text(rows + "u1,garden,a,1,3\nu1,garden,b,1,\n")
+    with pytest.raises(CorpusError, match=r"no logs left \(logs.min_rating = 4.0: 2 -> 0\)"):
+        prepare(path, root)
+    logs.write_text(rows + "u1,garden,a,1,\n")
+    with pytest.raises(CorpusError, match="no log of service 'garden' has a rating"):
+        prepare(path, root)
 
 
 @pytest.mark.slow
