@@ -236,9 +236,8 @@ def _write_task(
     able = able.filter(able.n >= config.targets + config.min_history)
     logs = logs.semi_join(able, "key")
     timed = _timed(db, logs, name, file)
-    order = ("key", "position", "item")
-    if config.cut != "order":
-        order = ("key", "time", *order[1:])
+    clock = () if config.cut == "order" else ("time",)
+    order = ("key", *clock, "position", "item")
     columns = {
         "key": np.uint64,
         "service": np.int64,

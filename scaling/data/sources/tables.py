@@ -46,6 +46,7 @@ class Columns(Frozen):
     time: str | None = None
     """Unix time, or ISO 8601 (UTC where it says no zone); None: the rows are in order."""
     rating: str | None = None
+    """Number; NaN and infinity count as no rating."""
     category: str | None = None
 
 
@@ -136,6 +137,7 @@ def _parquet(con: Any, path: Path, number: int, table: LogTable) -> Any:
                 time = (raw // UNITS[table.time_unit]).cast("int64")
         else:
             time = raw.try_cast("timestamp").epoch_seconds().cast("int64")
+    rating = rows[c.rating].cast("float64") if c.rating else ibis.null("float64")
     user, item = text(c.user), text(c.item)
     service = text(c.service) if c.service else ibis.literal(table.service)
     cases = [(user.isnull(), "no user"), (service.isnull(), "no service")]
@@ -151,7 +153,8 @@ def _parquet(con: Any, path: Path, number: int, table: LogTable) -> Any:
         text=text(c.text),
         time=time,
         position=ibis.literal(number * FILE) + rows.file_row_number,
-        rating=rows[c.rating].cast("float64") if c.rating else ibis.null("float64"),
+        # The database holds NaN to be larger than any number: it would pass every lower bound.
+        rating=ibis.ifelse(rating.isnan() | rating.isinf(), ibis.null("float64"), rating),
         category=text(c.category),
         problem=ibis.cases(*((when, where.concat(reason)) for when, reason in cases)),
     ).select(*LOG)
@@ -318,8 +321,6 @@ def _rating(value: Any) -> float | None:
         return None
     try:
         rating = float(value)
-        if not math.isfinite(rating):
-            raise ValueError
-        return rating
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"not a rating: {value!r:.60}") from None
+    return rating if math.isfinite(rating) else None
