@@ -22,10 +22,14 @@ import scaling
 from scaling.cli import app
 from scaling.cli.app import VERBS
 from scaling.cli.terminal import cell, print_table, progress
-from scaling.sweeps import PLAN_COLUMNS
+from scaling.data.prepare import read_card
+from scaling.data.recipe import read_corpus_file
+from scaling.data.sources.synthetic import pool_floor
+from scaling.rundir import RunDir
+from scaling.sweeps import PLAN_COLUMNS, Grid
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = [v for v in VERBS if v != "corpus"] + ["corpus info", "corpus verify"]
+COMMANDS = [v for v in VERBS if v != "corpus"] + ["corpus info", "corpus verify", "corpus floor"]
 SWEEP = """
 name = "study"
 figure = "none"
@@ -263,6 +267,43 @@ def test_a_corpus_is_looked_into(study: Path) -> None:
     assert "no corpus 'huge'; prepared: tiny-" in refused("corpus", "info", "huge", "--root", study)
 
 
+def test_the_floor_of_a_synthetic_corpus_is_told() -> None:
+    path = ROOT / "sweeps" / "corpora" / "demo.toml"
+    words = ["corpus", "floor", path, "--items-per-user", 4, "--pool-size", 64]
+    world = read_corpus_file(path).source
+    expected = pool_floor(world, items_per_user=4, pool_size=64)
+    assert json.loads(call(*words, "--json").stdout) == {
+        **{"corpus": "demo", "items_per_user": 4, "pool_size": 64, "loss": expected.loss},
+        **{"standard_error": expected.standard_error, "n_pools": expected.n_pools},
+    }
+    assert call(*words).stdout.startswith(f"{expected.loss:.4f} nats, standard error ")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("food_kitchen", "amazon_sequences"), ("paper", "none")]
+)
+def test_other_corpora_have_no_known_floor(name: str, kind: str) -> None:
+    path = ROOT / "sweeps" / "corpora" / f"{name}.toml"
+    said = refused("corpus", "floor", path, "--items-per-user", 4)
+    assert f"{name}.toml: source.kind = '{kind}'; the floor is known for 'synthetic' only" in said
+
+
+def test_an_unknown_history_is_refused_before_any_work(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = json.loads(call("plan", study / "study.toml", "--root", study, "--json").stdout)
+    [run, *_] = Grid.read(study / "study.toml").runs(read_card(study / "tiny.toml", study))
+    assert run.config is not None
+    RunDir.create(study, run.config, "tiny")
+    before = tree(study)
+    words = ["transfer", rows[0]["run_key"], "--root", study, "--history"]
+    typo, right = call(*words, "al"), call(*words, "all")
+    assert (typo.exit_code, right.exit_code) == (2, 2)
+    assert typo.stderr.endswith("error: history = 'al'; valid: target, all\n")
+    assert "no committed checkpoint" in right.stderr  # what it looks for next
+    assert tree(study) == before
+
+
 def test_preparing_again_prints_the_same_folder(study: Path) -> None:
     call("prepare", study / "tiny.toml", "--root", study)
     before = tree(study / "corpora")
@@ -460,10 +501,11 @@ def test_plain_progress_tells_stages_and_tenths(capsys: pytest.CaptureFixture[st
     assert lines[-1] == "train: 100/100 0.5"
 
 
-def on_a_terminal(*words: object) -> Iterator[str]:
-    """Output of a call whose stdout and stderr are a terminal of 200 columns."""
+def on_a_terminal(*words: object, columns: int = 200, **variables: str) -> Iterator[str]:
+    """Output of a call whose stdout and stderr are a terminal."""
     controller, terminal = pty.openpty()
-    environment = {**os.environ, "COLUMNS": "200", "TERM": "xterm-256color"}
+    inherited = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+    environment = {**inherited, "COLUMNS": str(columns), "TERM": "xterm-256color", **variables}
     command = [sys.executable, "-m", "scaling.cli", *map(str, words)]
     with subprocess.Popen(
         command, stdout=terminal, stderr=terminal, cwd=ROOT, env=environment
@@ -485,3 +527,35 @@ def test_a_terminal_gets_a_rich_table(study: Path) -> None:
     rows = json.loads(call("plan", study / "study.toml", "--root", study, "--json").stdout)
     assert all(row["run_key"] in said for row in rows)
     assert "\x1b[1m" in said
+
+
+def test_no_color_is_no_escape_code(study: Path) -> None:
+    said = "".join(on_a_terminal("plan", study / "study.toml", "--root", study, NO_COLOR="1"))
+    assert "items_" in said
+    assert "\x1b" not in said
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("verb", ["plan", "status"])
+def test_a_narrow_terminal_hides_columns_and_folds_nothing(
+    study: Path, verb: str, columns: int
+) -> None:
+    words = (verb, study / "study.toml", "--root", study)
+    rows = json.loads(call(*words, "--json").stdout)
+    said = "".join(on_a_terminal(*words, columns=columns, NO_COLOR="1")).replace("\r", "")
+    lines = said.splitlines()
+    for row in rows:
+        [line] = [one for one in lines if row["run_key"] in one]
+        assert len(line) <= columns
+    if verb == "plan":
+        assert all(cell(row["pf_days"]) in said for row in rows)
+        assert "hidden at this width: " in said
+        assert "n_non_embedding" in said
+        assert "--json" in said
+    else:
+        assert said.count("PLANNED") == 4
+    shown = said.split("hidden at this width")[0]
+    plain = call(*words).stdout.splitlines()[1 : 1 + len(rows)]
+    whole = {word for line in plain for word in line.split()}
+    body = [line.split() for line in shown.splitlines() if any(r["run_key"] in line for r in rows)]
+    assert {word for line in body for word in line} <= whole

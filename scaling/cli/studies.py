@@ -188,7 +188,8 @@ def _print_study(fits: Mapping[str, Any]) -> None:
             lower, upper = (law["ci95"] or {}).get("exponent", (None, None))
             row |= {"exponent": law["params"]["exponent"], "lower": lower, "upper": upper}
         laws.append(row | {"status": law["status"] if law else record["failed"]})
-    print_table(laws, [k for k in laws[0] if k != "status"] + ["status"])
+    shown = [k for k in laws[0] if k != "status"] + ["status"]
+    print_table(laws, shown, drop=("status", "floor", "delta", "points"))
     conclusion = compute["conclusion"]
     typer.echo(f"\nconclusion: {'holds' if conclusion['holds'] else 'none'}")
     for reason in conclusion["against"]:

@@ -30,10 +30,16 @@ PLAN_SHOWN = (
     "items_per_user_mean", "data_fraction", "shuffle", "users_seen", "epochs", "steps", "seed",
     "flops", "flops_exact", "pf_days", "pf_days_exact",
 )  # fmt: skip
+PLAN_DROPPED = (
+    "flops", "flops_exact", "n_non_embedding", "seed", "shuffle", "users_seen",
+    "items_per_user_mean", "pf_days_exact", "data_fraction", "epochs", "steps", "n_total",
+)  # fmt: skip
+"""What a narrow terminal does without, the least important first; so too below."""
 STATUS_SHOWN = (
     "run_key", "state", "job_state", "job_id", "attempts", "step", "steps", "loss", "train_loss",
     "cause",
 )  # fmt: skip
+STATUS_DROPPED = ("job_state", "job_id", "train_loss", "attempts", "steps", "loss")
 
 
 @app.command()
@@ -52,7 +58,8 @@ def plan(sweep: SweepFile, root: Root = WORK, as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
         return
-    print_table(rows, [c for c in PLAN_SHOWN if c != "run_key" or card.digest])
+    shown = [c for c in PLAN_SHOWN if c != "run_key" or card.digest]
+    print_table(rows, shown, drop=PLAN_DROPPED)
     nominal = "" if card.digest else ", nominal: it cannot be submitted"
     typer.echo(f"\n{len(rows)} runs on corpus {card.name}{nominal}")
     for name, flops, days in (
@@ -155,7 +162,7 @@ def status(sweep: SweepFile, root: Root = WORK, as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
     else:
-        print_table(rows, STATUS_SHOWN)
+        print_table(rows, STATUS_SHOWN, drop=STATUS_DROPPED)
         typer.echo(_tally(rows))
     stale = sorted({r["stale"] for r in rows if r["stale"]})
     for why in stale:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,10 @@ import typer
 
 Update = Callable[..., None]
 """Called with (done, total) and, optionally, a word or number about it."""
+
+
+PROSE_WIDTH = 12
+"""Least width of a column of sentences, which may be folded; numbers and names never are."""
 
 
 def print_json(value: Any) -> None:
@@ -28,23 +33,20 @@ def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Rows under their columns' names; numbers to the right."""
-    cells = [[cell(row.get(c)) for c in columns] for row in rows]
-    number = [any(isinstance(row.get(c), int | float) for row in rows) for c in columns]
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
+def print_table(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, drop: Sequence[str] = ()
+) -> None:
+    """Rows under their columns' names; numbers to the right.
 
-        table = Table(box=None, header_style="bold")
-        for name, right in zip(columns, number, strict=True):
-            header = Text(name.replace("_", "_\n"))
-            table.add_column(header, justify="right" if right else "left", overflow="fold")
-        for line in cells:
-            table.add_row(*map(Text, line))
-        Console().print(table)
+    Args:
+        drop: columns that a narrow terminal does without, the least important first; after them
+            the last ones go. The first column always stays.
+    """
+    if sys.stdout.isatty():
+        _print_rich(rows, columns, drop)
         return
+    cells = [[cell(row.get(c)) for c in columns] for row in rows]
+    number = [_is_number(rows, c) for c in columns]
     width = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     for line in [list(columns), *cells]:
         padded = [
@@ -54,13 +56,62 @@ def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> No
         typer.echo("  ".join(padded).rstrip())
 
 
+def _is_number(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
+    return any(isinstance(row.get(column), int | float) for row in rows)
+
+
+def _print_rich(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], drop: Sequence[str]
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    cells = {c: [cell(row.get(c)) for row in rows] for c in columns}
+    prose = {c: any(" " in text for text in cells[c]) for c in columns}
+
+    def least(column: str) -> int:
+        """Width below which the column's numbers, names or words would be folded."""
+        header = max(map(len, column.replace("_", "_ ").split()))
+        whole = max((len(text) for text in cells[column]), default=0)
+        return max(header, min(whole, PROSE_WIDTH) if prose[column] else whole)
+
+    # NO_COLOR is about all styles here, bold too
+    console = Console(color_system=None if os.environ.get("NO_COLOR") else "auto")
+    shown = list(columns)
+    last_first = [c for c in reversed(columns[1:]) if c not in drop]
+    for column in [*(c for c in drop if c in columns[1:]), *last_first]:
+        if sum(map(least, shown)) + 2 * len(shown) <= console.width:
+            break
+        shown.remove(column)
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for column in shown:
+        table.add_column(
+            Text(column.replace("_", "_\n")),
+            justify="right" if _is_number(rows, column) else "left",
+            no_wrap=not prose[column],
+            overflow="fold",
+            min_width=least(column),
+        )
+    for i in range(len(rows)):
+        table.add_row(*(Text(cells[c][i]) for c in shown))
+    console.print(table)
+    if hidden := [c for c in columns if c not in shown]:
+        console.print(
+            f"hidden at this width: {len(hidden)} of {len(columns)} columns ({', '.join(hidden)}); "
+            "--json, or a pipe such as | cat, has all",
+            highlight=False,
+            markup=False,
+        )
+
+
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Update]:
     """A progress bar on a terminal; elsewhere a line when a tenth more is done or the note changes.
 
     Everything goes to stderr, so that a pipe gets results only.
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
         from rich.console import Console
         from rich.progress import (
             BarColumn,
