@@ -4,6 +4,8 @@ Everything is written to a scratch folder beside the corpora and published by on
 corpus is there or not. Its digest is that of its content.
 """
 
+import contextlib
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import duckdb
 import tokenizers
 
 from scaling import __version__
-from scaling.config import CorpusCard
+from scaling.config import ConfigError, CorpusCard
 from scaling.data.build import Built, build
 from scaling.data.card import corpus_card, nominal_card
 from scaling.data.corpus import (
@@ -72,15 +74,23 @@ def prepare(corpus_file: Path, root: Path, *, progress: Progress | None = None) 
 def find_prepared(root: Path, corpus_file: Path) -> Corpus | None:
     """The corpus prepared from a corpus file, whether or not its source is at hand.
 
+    Of several, made as the source changed, it is the one made from the source as it is now.
+
     Raises:
-        CorpusError: the same recipe was prepared from several states of its source.
+        CorpusError: there are several, and not one alone is of the source as it is now.
     """
-    found = [path for path, _ in _same_recipe(root, read_corpus_file(corpus_file))]
+    file = read_corpus_file(corpus_file)
+    made = _same_recipe(root, file)
+    found = [path for path, _ in made]
+    if len(found) > 1:
+        with contextlib.suppress(CorpusError, ConfigError):  # the source is not at hand
+            sources = _fingerprint(file, Path(corpus_file))
+            found = [path for path, manifest in made if manifest["sources"] == sources] or found
     if len(found) > 1:
         names = ", ".join(p.name for p in found)
         raise CorpusError(
-            f"{corpus_file}: prepared from several states of its source: {names}; "
-            "remove all but one"
+            f"{corpus_file}: prepared from several states of its source, none or more than one of "
+            f"them as it is now: {names}; prepare it again or remove all but one"
         )
     return Corpus.open(found[0]) if found else None
 
@@ -174,6 +184,9 @@ def _publish(staged: Path, final: Path, manifest: dict[str, Any]) -> Path:
             )
     for task in manifest["tasks"].keys() - there["tasks"].keys():
         (final / "tasks").mkdir(exist_ok=True)
+        # Left by a preparation that ended before its manifest was written; nobody has read it.
+        if (final / "tasks" / task).exists():
+            shutil.rmtree(final / "tasks" / task)
         publish(staged / "tasks" / task, final / "tasks" / task)
     merged = {
         **there,

@@ -15,6 +15,7 @@ from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.logs import clean_text
 from scaling.data.prepare import find_prepared, prepare, read_card
 from scaling.data.recipe import Users, read_corpus_file
+from scaling.data.tasks import Task
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -54,10 +55,20 @@ def test_content_decides_the_digest(tiny_corpus):
     (root / "logs.csv").write_text("\n".join([header, *rows]) + "\n")
     assert prepare(root / "tiny.toml", root) == first.path
     (root / "logs.csv").write_text("\n".join([header, *rows[200:]]) + "\n")
-    assert prepare(root / "tiny.toml", root) != first.path
+    second = prepare(root / "tiny.toml", root)
+    assert second != first.path
+    assert len(left(root)) == 2
+    # Of the two the one that was made from the source as it is now.
+    assert find_prepared(root, root / "tiny.toml").path == second
+    assert read_card(root / "tiny.toml", root).digest == second.name.removeprefix("tiny-")
+    os.utime(root / "logs.csv", (1, 1))
+    with pytest.raises(CorpusError, match=r"several states of its source.*prepare it again"):
+        find_prepared(root, root / "tiny.toml")
+    assert prepare(root / "tiny.toml", root) == second
+    assert find_prepared(root, root / "tiny.toml").path == second
+    (root / "logs.csv").unlink()
     with pytest.raises(CorpusError, match="several states of its source"):
         find_prepared(root, root / "tiny.toml")
-    assert len(left(root)) == 2
 
 
 @pytest.mark.slow
@@ -106,6 +117,28 @@ def test_a_task_is_added_beside_the_corpus(tiny_corpus):
         prepare(path, root)
     assert left(root) == [first.path.name]
     Corpus.open(first.path).verify()
+
+
+def test_a_task_that_no_manifest_lists_is_made_anew(tiny_corpus, monkeypatch):
+    root = tiny_corpus()
+    first = find_prepared(root, root / "tiny.toml")
+    path = edited(
+        root, "[tasks.beauty]", '[tasks.garden]\nservice = "garden"\nnegatives = 3\n[tasks.beauty]'
+    )
+
+    def crash(path, record):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("scaling.data.prepare.write_json", crash)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(path, root)
+    assert (first.path / "tasks" / "garden" / "task.json").exists()
+    assert list(Corpus.open(first.path).manifest["tasks"]) == ["beauty", "books"]
+    edited(root, "negatives = 3", "negatives = 4")
+    corpus = Corpus.open(prepare(path, root))
+    assert Task.open(corpus, "garden").negatives.shape[2] == 4
+    corpus.verify()
 
 
 def test_cards(tiny_corpus):
