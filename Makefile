@@ -63,7 +63,7 @@ test: $(INSTALLED_DEV) ## all tests; SLURM=1 also those on a real Slurm (install
 endif
 
 figures: $(INSTALLED) ## draw every figure again from the committed tables in results/
-	@for table in results/*/runs.parquet; do \
+	@shopt -s nullglob; for table in results/*/runs.parquet; do \
 	    $(BIN)/clue-scaling figures "sweeps/$$(basename "$$(dirname "$$table")").toml" || exit; \
 	done
 

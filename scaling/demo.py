@@ -4,6 +4,7 @@ Every stage is one call of the function that the verb of its name calls. What is
 not made again: a corpus has a digest, a run a key, an evaluation the checkpoint it was made from.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -212,32 +213,50 @@ def _findings(summary: Summary) -> Iterator[tuple[str, str]]:
     yield (
         "PF-days",
         f"{runs['pf_days'].sum():.3g} by the paper's formula, "
-        f"{runs['pf_days_exact'].sum():.3g} counted exactly",
+        f"{runs['pf_days_exact'].sum():.3g} counted",
     )
     headline = fits["compute"]["headline"]
     if headline["fit"] is None:
-        yield "PF-day exponent", headline["failed"]
+        yield "PF-day exponent", "not fitted"
     else:
         interval = (headline["fit"]["ci95"] or {}).get("exponent")
         yield "PF-day exponent", _interval(headline["fit"]["params"]["exponent"], interval)
     for reason in fits["compute"]["conclusion"]["against"]:
-        yield "  no conclusion", reason
-    joint = fits["joint"]["with_floor"]["fit"] or fits["joint"]["without_floor"]["fit"] or {}
-    for factor, verdict in joint.get("identified", {}).items():
-        if verdict["identified"]:
-            text = _interval(verdict["exponent"], (verdict["lower"], verdict["upper"]))
-        else:
-            text = f"not identified: {verdict['reasons']}"
-        yield f"exponent of {factor}", text
+        yield "  no conclusion", re.split(r" \[|, ", reason)[0]  # what is against it, in short
+    yield from _joint(fits["joint"])
     means = summary.tables.transfer.groupby(["task", "system", "run_key"])["hr_10"].mean()
     for task, found in fits["transfer"].items():
+        if found["failed"]:
+            yield f"transfer to {task}", "runs were evaluated differently"
+            continue
         encoder, popularity = means[task, found["system"]], means[task, "popularity"]
-        correlation = found["spearman"]
         yield (
             f"transfer to {task}",
-            f"HR@10 {encoder.min():.3f} to {encoder.max():.3f}, popularity {popularity.max():.3f}"
-            + ("" if correlation is None else f"; rank correlation of losses {correlation:.2f}"),
+            f"HR@10 {encoder.min():.3f} to {encoder.max():.3f}, popularity {popularity.max():.3f}",
         )
+        if found["spearman"] is not None:
+            yield "  losses", f"rank correlation with pretraining {found['spearman']:.2f}"
+
+
+def _joint(laws: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The joint law's exponents, with the floor only where the data tell that there is one."""
+    fit = laws["with_floor"]["fit"]
+    if fit and fit["floor_identified"]:
+        yield "joint law", f"with floor, {fit['params']['irreducible']:.2f} nats"
+    elif fit := laws["without_floor"]["fit"]:
+        yield "joint law", "without floor (none is identified)"
+    else:
+        yield "joint law", "not fitted"
+        return
+    for factor, verdict in fit["identified"].items():
+        ends = verdict["lower"], verdict["upper"]
+        if verdict["identified"]:
+            text = _interval(verdict["exponent"], ends)
+        elif None in ends:
+            text = "not identified (no interval)"
+        else:
+            text = f"not identified (interval {ends[0]:.2f} to {ends[1]:.2f})"
+        yield f"  {factor}", text
 
 
 def _interval(value: float, ends: Sequence[float] | None) -> str:

@@ -90,7 +90,8 @@ RUNS_SCHEMA = _schema(
         ("tokens", FLOAT, "tokens", "tokens encoded in training"),
         ("items", FLOAT, "items", "behaviours encoded in training"),
         ("users", FLOAT, "users", "users met in training, with repetition"),
-        ("seconds", FLOAT, "s", "time in training steps, over all generations"),
+        ("seconds", FLOAT, "s", "wall time of training, with its evaluations and checkpoints, over "
+         "all generations"),
         ("world_size", INT, "ranks", "ranks at the end"),
         ("attempts", INT, "", "submissions of the run so far; null: none is recorded"),
     ],
@@ -116,7 +117,8 @@ CURVES_SCHEMA = _schema(
         ("users", FLOAT, "users", "users met so far, with repetition"),
         ("flops_exact", FLOAT, "FLOPs", "counted so far, stack by stack"),
         ("pf_days_exact", FLOAT, "PF-days", "flops_exact / 8.64e19"),
-        ("seconds", FLOAT, "s", "time in training steps so far"),
+        ("seconds", FLOAT, "s", "wall time so far, evaluations and checkpoints included, over all "
+         "generations"),
     ],
 )  # fmt: skip
 
@@ -125,15 +127,14 @@ TRANSFER_SCHEMA = _schema(
     [
         ("run_key", STR, "", "name of the run whose encoder was used"),
         ("task", STR, "", "downstream task"),
-        (
-            "system",
-            STR,
-            "",
-            "clue/u-mlp: two-tower head on frozen features; popularity: no encoder",
-        ),
+        ("system", STR, "", "clue/u-mlp, single/u-mlp: two-tower head on the encoder's frozen "
+         "features; popularity: no encoder"),
         ("fold", INT, "", "fold of the task's users"),
         ("history", STR, "", "target: the target service's own log; all: every service's"),
-        ("step", INT, "steps", "checkpoint that was evaluated"),
+        ("folds", INT, "", "folds in all"),
+        ("seed", INT, "", "seed of the heads"),
+        ("task_digest", STR, "", "digest of the task's content"),
+        ("step", INT, "steps", "checkpoint that was evaluated: always the run's last step"),
         ("hr_1", FLOAT, "", "hit rate at 1 among 1 + 100 candidates"),
         ("hr_10", FLOAT, "", "hit rate at 10"),
         ("ndcg_10", FLOAT, "", "normalised discounted cumulative gain at 10"),
@@ -144,7 +145,7 @@ TRANSFER_SCHEMA = _schema(
         ("n_users", INT, "users", "test users of the fold"),
         ("n_targets", INT, "items", "test targets of the fold"),
     ],
-)
+)  # fmt: skip
 
 SCHEMAS = {"runs": RUNS_SCHEMA, "curves": CURVES_SCHEMA, "transfer": TRANSFER_SCHEMA}
 
@@ -173,6 +174,7 @@ class _Account:
     incomplete: list[dict[str, Any]] = field(default_factory=list)
     diverged: list[dict[str, Any]] = field(default_factory=list)
     unreadable: list[dict[str, Any]] = field(default_factory=list)
+    stale: list[dict[str, Any]] = field(default_factory=list)
     without_transfer: list[str] = field(default_factory=list)
     train_rows_left_out: int = 0
 
@@ -216,6 +218,7 @@ def collect(
         "incomplete": account.incomplete,
         "diverged": account.diverged,
         "unreadable": account.unreadable,
+        "stale": account.stale,
         "without_transfer": account.without_transfer if len(tables["transfer"]) else [],
         "rows": {name: len(table) for name, table in tables.items()},
         "train_rows_left_out": account.train_rows_left_out,
@@ -304,7 +307,7 @@ def _collect_run(
         result = run.result()
         if result is not None:
             _take_result(row, result, planned, run, config)
-        downstream = _transfer_rows(run)
+        downstream, stale = _transfer_rows(run, config)
         pa.Table.from_pylist([row], schema=RUNS_SCHEMA)
         curve = pa.Table.from_pylist(found, schema=CURVES_SCHEMA)
         scores = pa.Table.from_pylist(downstream, schema=TRANSFER_SCHEMA)
@@ -316,6 +319,7 @@ def _collect_run(
         return {**dict.fromkeys(RUNS_SCHEMA.names), **{n: planned[n] for n in PLAN_COLUMNS}}
     curves.append(curve)
     transfer.append(scores)
+    account.stale += stale
     account.train_rows_left_out += left_out
     if row["status"] == "diverged":
         account.diverged.append({"run_key": key, "step": row["step"]})
@@ -389,16 +393,26 @@ def _curve_row(run: RunDir, kind: str, point: Mapping[str, Any]) -> dict[str, An
     return row | {"run_key": run.run_key, "kind": kind, "pool_size": None}
 
 
-def _transfer_rows(run: RunDir) -> list[dict[str, Any]]:
-    rows = []
+TRANSFER_HEADER = ("run_key", "task", "step", "history", "folds", "seed", "task_digest")
+"""Columns that hold for a whole transfer record."""
+
+
+def _transfer_rows(
+    run: RunDir, config: RunConfig
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of the run's last step, and records of other steps, which say nothing of its loss."""
+    rows, stale = [], []
     for path in sorted(run.path.glob("transfer/*.json")):
         record = read_json(path)
         if not isinstance(record, dict) or record.get("run_key") != run.run_key:
             raise RecordError(f"{path}: not a transfer record of run {run.run_key}")
-        shared = {name: record.get(name) for name in ("run_key", "task", "step", "history")}
+        shared = {name: record.get(name) for name in TRANSFER_HEADER}
+        if shared["step"] != config.steps:
+            stale.append({name: shared[name] for name in ("run_key", "task", "step")})
+            continue
         for entry in record.get("rows", []):
             rows.append({name: entry.get(name) for name in TRANSFER_SCHEMA.names} | shared)
-    return rows
+    return rows, stale
 
 
 def _read(path: Path, name: str) -> pd.DataFrame:

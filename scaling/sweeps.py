@@ -76,7 +76,8 @@ PLAN_COLUMNS = {
     "data_fraction": "share of pretraining users",
     "shuffle": "whether every epoch has a new batch composition",
     "n_users": "users of that share [users]",
-    "users_seen": "distinct users a run meets: min(n_users, steps x batch_size) [users]",
+    "users_seen": "distinct users a run meets: min(n_users, steps x batch_size); without shuffle "
+    "n_users counts in whole batches [users]",
     "epochs": "passes over the users: steps x batch_size / n_users",
     "repeats": "passes beyond the first",
     "steps": "optimiser steps",
@@ -247,9 +248,12 @@ class Grid(Frozen):
         if isinstance(value, str) and value in self.sizes:
             model = self.sizes[value]
             if card.vocab_size != PAPER_VOCABULARY:
+                keys = model.model_dump(exclude_defaults=True)
+                table = ", ".join(f"{k} = {_toml(v)}" for k, v in keys.items())
                 raise SweepError(
                     f"{where}: {value} is a size at a vocabulary of {PAPER_VOCABULARY}, and corpus "
-                    f"{card.name} has {card.vocab_size}; name the shape instead: {model.shape!r}"
+                    f"{card.name} has {card.vocab_size}; give its shape instead: "
+                    f"model = {{{table}}}"
                 )
             return model
         shape = SHAPE.fullmatch(value) if isinstance(value, str) else None
@@ -260,12 +264,14 @@ class Grid(Frozen):
                 f"layers, d_model and heads, nor a named size ({named})"
             )
         layers, d_model = int(shape["layers"]), int(shape["d_model"])
+        widest = max(1, d_model // 64)  # heads of 64 where they divide the width, else wider ones
+        heads = next(h for h in range(widest, 0, -1) if d_model % h == 0)
         return ModelConfig.parse(
             {
                 "system": "single" if shape["single"] else "clue",
                 "layers": layers,
                 "d_model": d_model,
-                "heads": max(1, d_model // 64),
+                "heads": heads,
             },
             f"{where}: model = {value!r}",
         )
@@ -302,6 +308,7 @@ def plan_row(
     n_users = card.fraction_users(data.data_fraction)
     views = config.steps * config.batch_size
     flops = paper_flops(parameters.n_total, config.batch_size, config.steps, config.sequence_length)
+    drawn = n_users if data.shuffle else n_users // config.batch_size * config.batch_size
     exact = expected_flops(
         model, card, config.batch_size, config.steps, data.items_per_user, config.negatives
     ).total
@@ -325,7 +332,7 @@ def plan_row(
         "data_fraction": data.data_fraction,
         "shuffle": data.shuffle,
         "n_users": n_users,
-        "users_seen": min(n_users, views),
+        "users_seen": min(drawn, views),
         "epochs": views / n_users,
         "repeats": max(0.0, views / n_users - 1),
         "steps": config.steps,

@@ -3,13 +3,17 @@
 import io
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from scaling import demo
 from scaling.cli import app
+from scaling.results import Tables
 from scaling.rundir import RunDir
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +114,81 @@ def test_the_whole_way_and_nothing_twice(tmp_path: Path) -> None:
     assert (
         summary.figures[0].read_bytes() == before[1][f"small/figures/{summary.figures[0].name}"][1]
     )
+
+
+def verdict(lower: float | None, upper: float | None, identified: bool = False) -> dict[str, Any]:
+    reasons = "" if identified else "only 2 distinct values; moves with the other factors"
+    return {
+        **{"exponent": 0.1234567, "lower": lower, "upper": upper, "identified": identified},
+        **{"reasons": reasons},
+    }
+
+
+def law(floor_identified: bool | None, first: dict[str, Any]) -> dict[str, Any]:
+    names = ("n_total", "batch_size", "items_per_user", "users_seen")
+    fit = {
+        "params": {"irreducible": 0.83},
+        "floor_identified": floor_identified,
+        "identified": dict.fromkeys(names, verdict(0.09, 1.75)) | {"n_total": first},
+    }
+    return {"fit": fit, "failed": None}
+
+
+@pytest.mark.parametrize(
+    ("identified", "said"),
+    [
+        (True, ["joint law", "with floor, 0.83 nats"]),
+        (False, ["joint law", "without floor (none is identified)"]),
+    ],
+)
+def test_the_table_reads_well_in_80_columns(identified: bool, said: list[str]) -> None:
+    """One line a finding; the law with a floor only where there is one."""
+    runs = pd.DataFrame(
+        {
+            **{"state": ["DONE"] * 17, "loss": np.linspace(6.2, 3.4, 17), "pool_size": 512},
+            **{"chance": np.log(512), "pf_days": 1.234567e-9, "pf_days_exact": 2.345678e-9},
+        }
+    )
+    rows = [("coupons", s, "a", 0.234567) for s in ("clue/u-mlp", "popularity")]
+    transfer = pd.DataFrame(rows, columns=["task", "system", "run_key", "hr_10"])
+    headline = {"params": {"exponent": 0.1234567}, "ci95": {"exponent": [0.1, 0.2]}}
+    against = [
+        "headline: zero is in the 95 % interval [-0.01, 0.2]",
+        "x pf_days_non_embedding: exponent 0.0716 disagrees [0.0516, 0.0961]",
+        "y loss_pool_256: BOUND_HIT, on a bound: exponent; relative gradient 1.0e-02",
+    ]
+    fits = {
+        "compute": {"headline": {"fit": headline}, "conclusion": {"against": against}},
+        "joint": {
+            "with_floor": law(identified, verdict(0.1, 0.2, identified=True)),
+            "without_floor": law(None, verdict(None, None)),
+        },
+        "transfer": {"coupons": {"system": "clue/u-mlp", "spearman": 0.92, "failed": None}},
+    }
+    summary = demo.Summary(Tables(runs, runs, transfer, {}), fits, (), 17)
+    out = io.StringIO()
+    demo._print(Console(file=out, width=80), summary)
+    lines = [line.strip() for line in out.getvalue().splitlines() if line.strip()]
+    assert [re.split(r"  +", line) for line in lines] == [
+        ["runs", "17 of 17 done, 17 of them now"],
+        ["loss", "6.200 to 3.400 nats on 512 unseen users (chance 6.238)"],
+        ["PF-days", "2.1e-08 by the paper's formula, 3.99e-08 counted"],
+        ["PF-day exponent", "0.1235 (95 % interval 0.1000 to 0.2000)"],
+        ["no conclusion", "headline: zero is in the 95 % interval"],
+        ["no conclusion", "x pf_days_non_embedding: exponent 0.0716 disagrees"],
+        ["no conclusion", "y loss_pool_256: BOUND_HIT"],
+        said,
+        [
+            "n_total",
+            "0.1235 (95 % interval 0.1000 to 0.2000)" if identified
+            else "not identified (no interval)",
+        ],
+        ["batch_size", "not identified (interval 0.09 to 1.75)"],
+        ["items_per_user", "not identified (interval 0.09 to 1.75)"],
+        ["users_seen", "not identified (interval 0.09 to 1.75)"],
+        ["transfer to coupons", "HR@10 0.235 to 0.235, popularity 0.235"],
+        ["losses", "rank correlation with pretraining 0.92"],
+    ]  # fmt: skip
 
 
 def test_outside_a_clone_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,8 +148,25 @@ def test_the_readme_shows_the_demo_and_its_targets_exist() -> None:
         assert set(named) <= targets, document
 
 
+def test_figures_without_tables_draws_nothing(tmp_path: Path) -> None:
+    made = tmp_path / "bin" / "clue-scaling"
+    for name in (".installed", "bin/python"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    made.write_text('#!/bin/sh\necho "$@"\n')
+    made.chmod(0o755)
+    call = ["make", "-s", "-f", ROOT / "Makefile", "figures", f"VENV={tmp_path}"]
+    call += ["-o", tmp_path / ".installed"]
+    for tables, drawn in ((None, ""), ("mine", "figures sweeps/mine.toml\n")):
+        if tables:
+            (tmp_path / "results" / tables).mkdir(parents=True)
+            (tmp_path / "results" / tables / "runs.parquet").touch()
+        done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout == drawn
+
+
 def test_paths_named_in_the_readme_and_the_tour_exist() -> None:
-    content = "sweeps|slurm|results|analysis|scaling|benchmarks|docs|tests"
+    content = "sweeps|slurm|results|analysis|scaling|docs|tests"
     for name in ("README.md", "CONTRIBUTING.md"):
         text = prose(ROOT / name)
         for path in re.findall(rf"`((?:{content})/[\w./-]*)`", text):

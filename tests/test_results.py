@@ -222,13 +222,29 @@ def test_transfer_rows_carry_their_record(tmp_path: Path, runs: list[PlannedRun]
     run.write_result(steps(run, 1, STEPS, 0), result(runs[0]))
     row = {"run_key": run.run_key, "task": "books", "system": "popularity", "fold": 0, "loss": 0.5}
     record = {"schema_version": 1, "run_key": run.run_key, "step": STEPS, "task": "books"}
-    write_json(run.path / "transfer" / "books.json", {**record, "history": "all", "rows": [row]})
+    protocol = {"history": "all", "folds": 5, "seed": 3, "task_digest": "abcd"}
+    write_json(run.path / "transfer" / "books.json", {**record, **protocol, "rows": [row]})
     transfer = take(tmp_path, runs[:1]).transfer
-    assert transfer[["task", "system", "history"]].to_numpy().tolist() == [
-        ["books", "popularity", "all"]
+    assert transfer[["task", "system", *protocol]].to_numpy().tolist() == [
+        ["books", "popularity", *protocol.values()]
     ]
     assert transfer["step"].tolist() == [STEPS]
     assert pd.isna(transfer["mrr"].iloc[0])
+
+
+@pytest.mark.parametrize("step", [STEPS - 1, None])
+def test_transfer_of_another_step_is_stale(
+    tmp_path: Path, runs: list[PlannedRun], step: int | None
+) -> None:
+    run = start(tmp_path / "work", runs[0])
+    run.write_result(steps(run, 1, STEPS, 0), result(runs[0]))
+    for task, evaluated in (("books", step), ("food", STEPS)):
+        record = {"run_key": run.run_key, "step": evaluated, "task": task}
+        rows = [{"task": task, "system": "popularity", "fold": 0}]
+        write_json(run.path / "transfer" / f"{task}.json", {**record, "rows": rows})
+    tables = take(tmp_path, runs[:1])
+    assert tables.collected["stale"] == [{"run_key": run.run_key, "task": "books", "step": step}]
+    assert tables.transfer["task"].tolist() == ["food"]
 
 
 def test_a_transfer_record_of_another_run_is_refused(

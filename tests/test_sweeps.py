@@ -20,6 +20,7 @@ from scaling.config import (
     PoolConfig,
     RunConfig,
 )
+from scaling.data.batches import step_users
 from scaling.data.prepare import read_card
 from scaling.sweeps import (
     PLAN_COLUMNS,
@@ -181,6 +182,11 @@ def test_every_key_reaches_the_configuration() -> None:
         ("1x16", ("clue", 1, 16, 1)),
         ("6x192", ("clue", 6, 192, 3)),
         ("single-3x128", ("single", 3, 128, 2)),
+        *((f"1x{d}", ("clue", 1, d, 1)) for d in (8, 16, 32, 48, 64, 100, 127)),
+        ("2x96", ("clue", 2, 96, 1)),
+        ("8x720", ("clue", 8, 720, 10)),  # 720 // 64 = 11 divides nothing
+        ("8x200", ("clue", 8, 200, 2)),
+        ("1x251", ("clue", 1, 251, 1)),  # a prime
         ({"layers": 8, "d_model": 720, "heads": 6}, ("clue", 8, 720, 6)),
         ({"system": "single", "layers": 1, "d_model": 8, "heads": 2}, ("single", 1, 8, 2)),
     ],
@@ -236,8 +242,17 @@ def test_sizes_are_named_only_at_the_paper_s_vocabulary() -> None:
     assert model_name(small.model_copy(update={"dropout": 0.0}), 50_257, sizes) == "clue-4m"
     assert model_name(small, 1000, sizes) == "8x64"
     assert model_name(ModelConfig(layers=8, d_model=64, heads=2), 50_257, sizes) == "8x64"
-    with pytest.raises(SweepError, match=r"clue-4m is a size .* 50257, .* has 1000; .*'8x64'"):
-        grid(base={"model": "clue-4m", "batch_size": 8}, sizes=sizes).runs(card())
+
+
+@pytest.mark.parametrize("name", load_sizes(SWEEPS / "models.toml"))
+def test_the_advice_at_another_vocabulary_can_be_followed(name: str) -> None:
+    sizes = load_sizes(SWEEPS / "models.toml")
+    with pytest.raises(SweepError, match=rf"{name} is a size .* 50257, .* has 1000; ") as e:
+        grid(base={"model": name, "batch_size": 8}, sizes=sizes).runs(card())
+    advice = tomllib.loads(str(e.value).partition("give its shape instead: ")[2])
+    [run] = grid(base={**advice, "batch_size": 8}).runs(card())
+    assert run.config is not None
+    assert run.config.model == sizes[name]
 
 
 # ---- errors -------------------------------------------------------------------------------------
@@ -292,7 +307,6 @@ def test_names_are_safe_in_paths(tmp_path: Path, name: str) -> None:
         ({"model": 3, "batch_size": 8}, "model = 3 is neither"),
         ({"model": "8x100", "batch_size": 8, "dropout": 1}, "dropout = 1: "),
         ({"model": "8x0", "batch_size": 8}, "d_model = 0: "),
-        ({"model": "8x200", "batch_size": 8}, "model = '8x200': heads = 3 does not divide"),
         ({"model": {"layers": 1, "width": 2}, "batch_size": 8}, "unknown key 'width'; valid keys"),
         ({"model": "1x16", "batch_size": 8, "negatives": 3}, "negatives = 3 does not divide"),
         ({"model": "1x16", "batch_size": "8"}, "batch_size = '8': "),
@@ -361,6 +375,22 @@ def test_a_plan_row_by_hand() -> None:
             "pf_days_exact": exact / 8.64e19,
         }
     )  # fmt: skip
+
+
+@given(
+    n_users=st.integers(8, 60), steps=st.integers(2, 20), seed=st.integers(0, 9),
+    shuffle=st.booleans(),
+)  # fmt: skip
+def test_users_seen_are_those_that_the_batches_hold(
+    n_users: int, steps: int, seed: int, shuffle: bool
+) -> None:
+    base = {"model": "1x16", "batch_size": 8, "steps": steps, "evaluations": 1, "shuffle": shuffle}
+    [run] = grid(base=base, seeds=[seed]).runs(card(n_users=n_users))
+    met = {int(u) for t in range(steps) for u in step_users(n_users, 8, t, seed, shuffle)}
+    if shuffle:  # whoever sits out of one epoch may sit out of the next
+        assert len(met) <= run.row["users_seen"] <= min(n_users, 8 * steps)
+    else:
+        assert run.row["users_seen"] == len(met)
 
 
 def test_less_than_an_epoch_meets_each_user_once() -> None:

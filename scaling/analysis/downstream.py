@@ -1,25 +1,68 @@
 """Downstream loss beside pretraining loss: one point per run and task."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 from scipy.stats import pearsonr, spearmanr
 
-SYSTEM = "clue/u-mlp"
-"""Downstream system that stands for an encoder, unless told otherwise."""
+HEAD = "/u-mlp"
+"""Ending of the downstream systems that stand for an encoder; before it, the encoder's system."""
+PROTOCOL = ("history", "folds", "seed", "task_digest")
+"""Columns of the transfer table in which the runs of one comparison must agree."""
+
+
+@dataclass(frozen=True)
+class TaskPoints:
+    """The runs of one task."""
+
+    points: pd.DataFrame
+    """``run_key``, ``pretraining`` loss, ``downstream`` metric (mean over folds)."""
+    system: str
+    """Downstream system of the points."""
+    left_out: tuple[str, ...]
+    """Systems of other encoders in the table, with the number of their runs."""
+    failed: str | None
+    """Why there are no points."""
 
 
 def downstream_points(
-    transfer: pd.DataFrame, runs: pd.DataFrame, metric: str = "loss", system: str = SYSTEM
-) -> dict[str, pd.DataFrame]:
-    """Per task: ``run_key``, ``pretraining`` loss, ``downstream`` metric (mean over folds)."""
-    rows = transfer[(transfer["system"] == system) & transfer[metric].notna()]
-    means = rows.groupby(["task", "run_key"])[metric].mean().rename("downstream").reset_index()
+    transfer: pd.DataFrame, runs: pd.DataFrame, metric: str = "loss", system: str | None = None
+) -> dict[str, TaskPoints]:
+    """Points of every task that has some; none where its runs were evaluated differently.
+
+    Args:
+        metric: a column of the transfer table.
+        system: downstream system; None: of the encoder that most runs of the task have.
+    """
     known = runs.loc[runs["loss"].notna(), ["run_key", "loss"]]
-    joined = means.merge(known.rename(columns={"loss": "pretraining"}), on="run_key")
-    return {
-        str(task): points.reset_index(drop=True)
-        for task, points in joined.groupby("task", sort=True)
-    }
+    rows = transfer[transfer[metric].notna()].merge(
+        known.rename(columns={"loss": "pretraining"}), on="run_key", suffixes=("", "_run")
+    )
+    tasks = {}
+    for task, of_task in rows.groupby("task", sort=True):
+        encoders = of_task[of_task["system"].str.endswith(HEAD)]
+        counts = encoders.groupby("system")["run_key"].nunique()
+        chosen = system or (str(counts.idxmax()) if len(counts) else None)
+        own = of_task[of_task["system"] == chosen]
+        if chosen is None or own.empty:
+            continue
+        failed = _differences(own)
+        means = own.groupby(["run_key", "pretraining"])[metric].mean()
+        tasks[str(task)] = TaskPoints(
+            means.iloc[: 0 if failed else None].rename("downstream").reset_index(),
+            chosen,
+            tuple(f"{name}: {n} runs" for name, n in counts.items() if name != chosen),
+            failed,
+        )
+    return tasks
+
+
+def _differences(rows: pd.DataFrame) -> str | None:
+    """In what the protocols of some rows differ; None if they are one."""
+    found = {c: sorted(map(str, rows[c].unique())) for c in PROTOCOL}
+    differing = [f"{c} {', '.join(v)}" for c, v in found.items() if len(v) > 1]
+    return f"runs were evaluated differently: {'; '.join(differing)}" if differing else None
 
 
 def correlations(points: pd.DataFrame) -> dict[str, float | None]:

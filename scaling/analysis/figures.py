@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from scaling.analysis.downstream import SYSTEM, correlations, downstream_points
+from scaling.analysis.downstream import correlations, downstream_points
 from scaling.analysis.fit import PowerLawFit
 from scaling.analysis.frontier import compute_frontier
 from scaling.files import write_bytes
@@ -100,23 +100,26 @@ def transfer_vs_pretraining(
     runs: pd.DataFrame,
     *,
     metric: str = "loss",
-    system: str = SYSTEM,
+    system: str | None = None,
     baseline: str | None = "popularity",
     ax: Axes | None = None,
 ) -> Axes:
     """Downstream loss (mean over folds) against pretraining loss, one colour a task.
 
     The legend gives Pearson's and Spearman's correlation over runs; a dashed line shows the
-    baseline of the same task.
+    baseline of the same task. A task whose runs were evaluated differently is named and not drawn.
 
     Args:
         metric: a column of the transfer table.
-        system: rows to draw.
+        system: downstream system to draw; None: of the encoder that most runs of a task have.
         baseline: system of the dashed lines; None for none.
     """
     ax = ax or _axes()
-    for i, (task, points) in enumerate(downstream_points(transfer, runs, metric, system).items()):
-        color = f"C{i % 7}"
+    for i, (task, found) in enumerate(downstream_points(transfer, runs, metric, system).items()):
+        color, points = f"C{i % 7}", found.points
+        if found.failed:
+            ax.plot([], [], " ", label=f"{task}: not drawn,\nevaluated differently")
+            continue
         label = f"{task}, {len(points)} runs"
         r = correlations(points)
         if r["pearson"] is not None:

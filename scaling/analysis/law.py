@@ -82,8 +82,8 @@ class LawFit(AdditiveFit):
             values = len(np.unique(fitted[:, k]))
             failed = {
                 f"status {self.status}": self.status is not FitStatus.CONVERGED,
-                f"{self.n} rows for {self.problem.n_params} parameters": (
-                    self.n < rule.min_rows_per_parameter * self.problem.n_params
+                f"{self.n} rows for {self.problem.n_free} parameters": (
+                    self.n < rule.min_rows_per_parameter * self.problem.n_free
                 ),
                 f"values span only a factor of {span:.3g}": span < rule.min_range,
                 f"only {values} distinct values": values < rule.min_values,

@@ -2,7 +2,7 @@
 
 The headline is the power law of the pool loss in PF-days on the compute frontier. It is called a
 conclusion only if it survives the choices that a reader could have made otherwise: counting of
-compute, objective, points. Every one of these fits is in the result.
+compute, objective, points, pool. Every one of these fits is in the result.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from scipy.stats import kendalltau, spearmanr
 
 import scaling
 from scaling.analysis.additive import FitError, FitStatus
-from scaling.analysis.downstream import SYSTEM, correlations, downstream_points
+from scaling.analysis.downstream import correlations, downstream_points
 from scaling.analysis.fit import LOG_HUBER_DELTA, PowerLawFit, fit_power_law
 from scaling.analysis.law import fit_law
 from scaling.files import write_json
@@ -33,6 +33,8 @@ DELTAS = (1e-4, 1e-2, float("inf"))
 """Knees of the Huber loss that the headline is repeated with; infinity is least squares."""
 FACTORS = ("n_total", "batch_size", "items_per_user", "users_seen")
 """Factors of the joint law; those that a sweep does not vary are left out, with the reason."""
+POOL_LOSS = "loss_pool_"
+"""Beginning of the columns with the loss over smaller pools; the pool size follows."""
 JOINT_DRAWS = 400
 """At most so many bootstrap draws for the joint law, the slow fit: enough for a verdict."""
 
@@ -70,7 +72,7 @@ def write_study(fits: Mapping[str, Any], folder: Path) -> Path:
 
 def _rows(tables: Tables) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Runs to fit, and the account of all others."""
-    runs = tables.runs.copy()
+    runs = tables.runs.merge(_smaller_pools(tables), on="run_key", how="left")
     share = runs["n_non_embedding"].astype(float) / runs["n_total"].astype(float)
     runs["pf_days_non_embedding"] = runs["pf_days"] * share
     pools = runs.loc[runs["loss"].notna(), "pool_digest"].value_counts()
@@ -107,70 +109,105 @@ def _rank_correlation(runs: pd.DataFrame, x: str) -> dict[str, Any]:
     }
 
 
-def _fit(runs: pd.DataFrame, x: str, **choices: Any) -> tuple[PowerLawFit | None, dict[str, Any]]:
+def _smaller_pools(tables: Tables) -> pd.DataFrame:
+    """``run_key`` and ``loss_pool_<size>``: final losses over each smaller pool size."""
+    curves = tables.curves[tables.curves["kind"] == "pool"]
+    ends = tables.runs[["run_key", "step", "pool_size"]].dropna()
+    last = curves.merge(ends, on=["run_key", "step"], suffixes=("", "_whole"))
+    last = last[(last["pool_size"] < last["pool_size_whole"]).fillna(False)]
+    wide = last.pivot_table(index="run_key", columns="pool_size", values="loss")
+    return wide.rename(columns=lambda size: f"{POOL_LOSS}{size}").reset_index()
+
+
+def _fit(
+    runs: pd.DataFrame, x: str, y: str, **choices: Any
+) -> tuple[PowerLawFit | None, dict[str, Any]]:
     """One law in compute with its choices; where it cannot be fitted, the reason."""
     named = {
         "x": x,
+        "y": y,
         "points": "frontier" if choices["frontier"] else "all",
         "floor": choices["irreducible"],
         "delta": choices["delta"] if np.isfinite(choices["delta"]) else "inf",
     }
     try:
-        fit = fit_power_law(runs, x=x, y="loss", **choices)
+        fit = fit_power_law(runs, x=x, y=y, **choices)
     except FitError as e:
         return None, {**named, "fit": None, "failed": str(e)}
     return fit, {**named, "fit": fit.to_dict(), "failed": None}
 
 
 def _compute(runs: pd.DataFrame, n_boot: int, seed: int, delta: float) -> dict[str, Any]:
-    base = {
+    base: dict[str, Any] = {
+        "x": "pf_days",
+        "y": "loss",
         "frontier": True,
         "irreducible": False,
         "delta": delta,
         "n_boot": n_boot,
         "seed": seed,
     }
-    choices: list[tuple[str, dict[str, Any]]] = [("pf_days", {"frontier": False})]
-    choices += [(x, {}) for x in COMPUTE if x != "pf_days"]
-    choices += [("pf_days", {"delta": d}) for d in DELTAS if d != delta]
-    choices += [("pf_days", {"irreducible": True, "frontier": f}) for f in (True, False)]
-    headline, record = _fit(runs, "pf_days", **base)
-    alternatives = [_fit(runs, x, **{**base, **changed}) for x, changed in choices]
+    choices: list[dict[str, Any]] = [{"frontier": False}]
+    choices += [{"x": x} for x in COMPUTE if x != base["x"]]
+    choices += [{"y": y} for y in ("loss_refit", _other_pool(runs)) if y]
+    choices += [{"delta": d} for d in DELTAS if d != delta]
+    choices += [{"irreducible": True, "frontier": f} for f in (True, False)]
+    headline, record = _fit(runs, **base)
+    alternatives = [_fit(runs, **{**base, **changed}) for changed in choices]
     return {
         "headline": record,
         "alternatives": [other for _, other in alternatives],
-        "conclusion": _conclusion(headline, [(fit, other) for fit, other in alternatives]),
+        "conclusion": _conclusion(headline, record, alternatives),
     }
 
 
+def _other_pool(runs: pd.DataFrame) -> str | None:
+    """Loss over the largest smaller pool that every run was evaluated on."""
+    names = [str(c) for c in runs.columns]
+    whole = [c for c in names if c.startswith(POOL_LOSS) and runs[c].notna().all()]
+    return max(whole, key=lambda c: int(c.removeprefix(POOL_LOSS)), default=None)
+
+
 def _conclusion(
-    headline: PowerLawFit | None, alternatives: list[tuple[PowerLawFit | None, dict[str, Any]]]
+    headline: PowerLawFit | None,
+    chosen: Mapping[str, Any],
+    alternatives: list[tuple[PowerLawFit | None, dict[str, Any]]],
 ) -> dict[str, Any]:
-    """Whether the exponent may be stated, by the rule in ``rule``."""
+    """Whether the exponent may be stated, by the rule in ``rule``.
+
+    A reason in ``against`` begins with ``headline:`` or with the choice an alternative changes.
+    """
     rule = (
         "status CONVERGED, 95 % interval above zero, and overlapping the 95 % interval of every "
-        "alternative without floor"
+        "alternative without floor, each of which is CONVERGED"
     )
     if headline is None or headline.draws.empty:
-        return {"holds": False, "rule": rule, "against": ["the headline could not be fitted"]}
+        return {"holds": False, "rule": rule, "against": ["headline: could not be fitted"]}
     low, high = (float(headline.ci()[end]["exponent"]) for end in ("lower", "upper"))
     against = []
     if headline.status is not FitStatus.CONVERGED:
         against.append(f"headline: {headline.status}, {headline.message}")
     if low <= 1e-3:
-        against.append(f"headline: the 95 % interval [{low:.3g}, {high:.3g}] does not exclude zero")
+        against.append(f"headline: zero is in the 95 % interval [{low:.3g}, {high:.3g}]")
     for fit, record in alternatives:
         if record["floor"]:
             continue
-        name = f"{record['x']}, {record['points']} points, delta {record['delta']}"
+        name = ", ".join(
+            f"{key} {record[key]}"
+            for key in ("x", "y", "points", "delta")
+            if record[key] != chosen[key]
+        )
         if fit is None:
             against.append(f"{name}: {record['failed']}")
+            continue
+        if fit.status is not FitStatus.CONVERGED:
+            against.append(f"{name}: {fit.status}, {fit.message}")
             continue
         other_low, other_high = (float(fit.ci()[end]["exponent"]) for end in ("lower", "upper"))
         if other_high < low or other_low > high:
             against.append(
-                f"{name}: exponent {fit.params['exponent']:.3g} "
-                f"[{other_low:.3g}, {other_high:.3g}] disagrees"
+                f"{name}: exponent {fit.params['exponent']:.3g} disagrees "
+                f"[{other_low:.3g}, {other_high:.3g}]"
             )
     return {"holds": not against, "rule": rule, "against": against}
 
@@ -195,8 +232,13 @@ def _joint(runs: pd.DataFrame, n_boot: int, seed: int, delta: float) -> dict[str
 
 def _transfer(tables: Tables) -> dict[str, Any]:
     """Per task: correlation of downstream and pretraining loss over runs."""
-    points = downstream_points(tables.transfer, tables.runs)
     return {
-        task: {"system": SYSTEM, "n": len(some), **correlations(some)}
-        for task, some in points.items()
+        task: {
+            "system": found.system,
+            "n": len(found.points),
+            **correlations(found.points),
+            "left_out": list(found.left_out),
+            "failed": found.failed,
+        }
+        for task, found in downstream_points(tables.transfer, tables.runs).items()
     }

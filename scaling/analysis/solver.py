@@ -56,7 +56,7 @@ class Problem:
         return int(self.log_x.shape[1])
 
     @property
-    def n_params(self) -> int:
+    def n_free(self) -> int:
         return 2 * self.n_terms + self.floor
 
     @cached_property
@@ -169,7 +169,7 @@ def minimise(
         tolerance: relative gradient at which a start is done; by default well below what the
             certificate asks, since the last steps converge quadratically and cost little.
     """
-    size = max(1, _CHUNK // (problem.log_y.size * problem.n_params))
+    size = max(1, _CHUNK // (problem.log_y.size * problem.n_free))
     parts = [
         _minimise(
             problem,
@@ -259,7 +259,7 @@ def scatter_starts(problem: Problem, n: int, rng: np.random.Generator) -> Array:
         shares = np.concatenate([floor, rest], axis=1)
     else:
         shares = rng.dirichlet(np.ones(k), size=n)
-    starts = np.empty((n, problem.n_params))
+    starts = np.empty((n, problem.n_free))
     starts[:, :f] = shares[:, :f] * np.exp(middle)
     starts[:, f : f + k] = middle + np.log(np.maximum(shares[:, f:], 1e-6))
     starts[:, f + k :] = np.exp(rng.uniform(np.log(0.02), np.log(2.0), size=(n, k)))
@@ -268,7 +268,7 @@ def scatter_starts(problem: Problem, n: int, rng: np.random.Generator) -> Array:
 
 def best_starts(problem: Problem, starts: Array, n: int, weights: Array | None = None) -> Array:
     """The ``n`` starts with the smallest objective; ``weights [1, rows]`` hold for all of them."""
-    size = max(1, _CHUNK // (problem.log_y.size * problem.n_params))
+    size = max(1, _CHUNK // (problem.log_y.size * problem.n_free))
     scores = np.concatenate(
         [problem.objective(starts[i : i + size], weights) for i in range(0, len(starts), size)]
     )

@@ -31,7 +31,7 @@ class Verbs(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of the verbs, in the order of the work."""
-        return sorted(super().list_commands(ctx), key=(*VERBS, "info", "verify").index)
+        return sorted(super().list_commands(ctx), key=(*VERBS, "info", "verify", "floor").index)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb; exit status 2 after an error, 130 after Ctrl-C."""
@@ -61,7 +61,6 @@ app = typer.Typer(
 Root = Annotated[Path, typer.Option("--root", envvar="CLUE_ROOT", help="Root of all state.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SweepFile = Annotated[Path, typer.Argument(help="Sweep file (TOML).")]
-RunKey = Annotated[str, typer.Argument(help="Run key, or its first letters.")]
 Cluster = Annotated[Path, typer.Option("--cluster", help="Cluster profile (TOML).")]
 Results = Annotated[Path, typer.Option("--results", help="Folder of all result tables.")]
 WORK = Path("work")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from scaling import ClueError
 from scaling.cli.app import WORK, Json, Root, Verbs, app
 from scaling.cli.terminal import cell, print_json, progress
 
@@ -70,6 +71,44 @@ def verify(name: CorpusName, root: Root = WORK) -> None:
     for path in _corpora(root, name):
         Corpus.open(path).verify()
         typer.echo(f"{path}: whole")
+
+
+@corpus_app.command()
+def floor(
+    corpus_file: CorpusFile,
+    items_per_user: Annotated[int, typer.Option(min=1, help="Cap on a user's items, per service.")],
+    pool_size: Annotated[
+        int | None, typer.Option(min=2, help="Users of the pool; default: the corpus file's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say how low the pool loss of any encoder can be, for a synthetic corpus.
+
+    \b
+    Example:
+        clue-scaling corpus floor sweeps/corpora/demo.toml --items-per-user 8 --pool-size 512
+    """
+    from dataclasses import asdict
+
+    from scaling.data.recipe import read_corpus_file
+    from scaling.data.sources.synthetic import Config, pool_floor
+
+    corpus = read_corpus_file(corpus_file)
+    if not isinstance(corpus.source, Config):
+        kind = corpus.source.kind if corpus.source else "none"
+        raise ClueError(
+            f"{corpus_file}: source.kind = {kind!r}; the floor is known for 'synthetic' only"
+        )
+    size = pool_size or corpus.users.pool
+    found = pool_floor(corpus.source, items_per_user=items_per_user, pool_size=size)
+    if as_json:
+        asked = {"corpus": corpus.name, "items_per_user": items_per_user, "pool_size": size}
+        print_json(asked | asdict(found))
+        return
+    typer.echo(
+        f"{found.loss:.4f} nats, standard error {found.standard_error:.4f} "
+        f"(mean of {found.n_pools} pools of {size} users, {items_per_user} items a service)"
+    )
 
 
 def _corpora(root: Path, name: str) -> list[Path]:

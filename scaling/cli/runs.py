@@ -119,7 +119,7 @@ def transfer(
                 task or sorted(corpus.manifest["tasks"]),
                 folds=folds,
                 seed=seed,
-                history="all" if history == "all" else "target",
+                history=history,
             )
     if as_json:
         print_json(rows)

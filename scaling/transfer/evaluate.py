@@ -9,7 +9,7 @@ learnt or counted in a fold sees no test user (docs/decisions/0006-transfer-prot
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,23 +17,22 @@ from numpy.typing import NDArray
 
 from scaling.data.batches import latest
 from scaling.data.corpus import Corpus
-from scaling.data.tasks import Task
+from scaling.data.tasks import GROUPS, Task
 from scaling.files import read_json, write_json
 from scaling.rundir import RunDir
 from scaling.train.checkpoint import load_encoder
 from scaling.transfer.baselines.popularity import count_items
 from scaling.transfer.features import TransferError, item_features, user_features
 from scaling.transfer.heads import Examples, HeadSettings, fit, pair_loss, softmax_loss
-from scaling.transfer.metrics import rank, summarise
+from scaling.transfer.metrics import lint_metrics, rank, summarise
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 Row = dict[str, Any]
-History = Literal["target", "all"]
 Progress = Callable[[int, int], None]
 
 SCHEMA_VERSION = 1
-N_GROUPS = 10
+HISTORIES = ("target", "all")
 FOLDS = (2, 5, 10)
 """Numbers of folds whose test groups are whole and leave groups to train on."""
 HEAD = HeadSettings()
@@ -76,9 +75,9 @@ def split(group: NDArray[np.uint8], fold: int, folds: int) -> Split:
     """
     if folds not in FOLDS:
         raise TransferError(f"folds = {folds}; valid: {', '.join(map(str, FOLDS))}")
-    width = N_GROUPS // folds
+    width = GROUPS // folds
     tested = group // width == fold
-    stopping = group == (fold + 1) * width % N_GROUPS
+    stopping = group == (fold + 1) * width % GROUPS
     parts = [np.flatnonzero(p) for p in (~tested & ~stopping, stopping, tested)]
     if not all(map(len, parts)):
         sizes = ", ".join(str(len(p)) for p in parts)
@@ -90,7 +89,11 @@ def split(group: NDArray[np.uint8], fold: int, folds: int) -> Split:
 
 
 def evaluate_fold(problem: Problem, fold: int, *, folds: int, seed: int, system: str) -> list[Row]:
-    """One row per system for one fold; ``system`` names the row of the head on the features."""
+    """One row per system for one fold; ``system`` names the row of the head on the features.
+
+    Raises:
+        TransferError: as ``split``, or no ranking has the metrics of a row.
+    """
     users = split(problem.group, fold, folds)
     test = problem.examples.take(users.test)
     head = fit(
@@ -114,6 +117,9 @@ def evaluate_fold(problem: Problem, fold: int, *, folds: int, seed: int, system:
         scores = summarise(rank(counts[test.rows]))
         rows.append({"system": name, **scores, "loss": None, "loss_softmax": None})
     size = {"fold": fold, "n_users": len(users.test), "n_targets": test.rows[..., 0].size}
+    for row in rows:
+        if wrong := lint_metrics(row, candidates=test.rows.shape[-1]):
+            raise TransferError(f"{row['system']}, fold {fold}: {'; '.join(wrong)}")
     return [row | size for row in rows]
 
 
@@ -132,7 +138,7 @@ def evaluate(
     *,
     folds: int = 5,
     seed: int = 0,
-    history: History = "target",
+    history: str = "target",
     progress: Progress | None = None,
 ) -> list[Row]:
     """Evaluate the newest checkpoint of a run on downstream tasks; ``<run>/transfer/<task>.json``.
@@ -161,14 +167,14 @@ def evaluate(
         RecordError: the run has no whole checkpoint, or its record is torn.
         CorpusError: the corpus has no such task.
     """
+    if history not in HISTORIES:
+        raise TransferError(f"history = {history!r}; valid: {', '.join(HISTORIES)}")
     config = run.spec()
     if corpus.card.digest != config.data.corpus_digest:
         raise TransferError(
             f"{corpus.path}: its digest is {corpus.card.digest}, run {run.run_key} was trained on "
             f"{config.data.corpus_digest}"
         )
-    if history not in ("target", "all"):
-        raise TransferError(f"history = {history!r}; valid: target, all")
     model, step = load_encoder(run)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     rows: list[Row] = []

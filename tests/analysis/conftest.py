@@ -96,7 +96,8 @@ def simulate(planned: list[PlannedRun]) -> Callable[[Path], Path]:
                     run.path / "transfer" / f"{task}.json",
                     {
                         **{"schema_version": 1, "run_key": run.run_key, "step": 200},
-                        **{"task": task, "history": "target", "rows": rows},
+                        **{"task": task, "task_digest": task, "history": "target"},
+                        **{"folds": 2, "seed": 0, "rows": rows},
                     },
                 )
         collect(folder / "work", [p.row for p in planned], "toy", folder / "results" / "toy")

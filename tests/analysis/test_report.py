@@ -1,6 +1,7 @@
 """The study report on a study with a planted law."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
+from scaling.analysis import FitStatus, PowerLawFit, fit_power_law
 from scaling.analysis.report import COMPUTE, study, write_study
 from scaling.results import Tables
 
@@ -35,16 +37,19 @@ def test_the_headline_is_the_planted_law(fits: dict[str, Any]) -> None:
 
 
 def test_every_choice_has_its_alternative(fits: dict[str, Any]) -> None:
-    made = {(a["x"], a["points"], a["floor"], a["delta"]) for a in fits["compute"]["alternatives"]}
+    keys = ("x", "y", "points", "floor", "delta")
+    made = {tuple(a[k] for k in keys) for a in fits["compute"]["alternatives"]}
     assert made == {
-        ("pf_days", "all", False, 1e-3),
-        ("pf_days_non_embedding", "frontier", False, 1e-3),
-        ("pf_days_exact", "frontier", False, 1e-3),
-        ("pf_days", "frontier", False, 1e-4),
-        ("pf_days", "frontier", False, 1e-2),
-        ("pf_days", "frontier", False, "inf"),
-        ("pf_days", "frontier", True, 1e-3),
-        ("pf_days", "all", True, 1e-3),
+        ("pf_days", "loss", "all", False, 1e-3),
+        ("pf_days_non_embedding", "loss", "frontier", False, 1e-3),
+        ("pf_days_exact", "loss", "frontier", False, 1e-3),
+        ("pf_days", "loss_refit", "frontier", False, 1e-3),
+        ("pf_days", "loss_pool_64", "frontier", False, 1e-3),
+        ("pf_days", "loss", "frontier", False, 1e-4),
+        ("pf_days", "loss", "frontier", False, 1e-2),
+        ("pf_days", "loss", "frontier", False, "inf"),
+        ("pf_days", "loss", "frontier", True, 1e-3),
+        ("pf_days", "loss", "all", True, 1e-3),
     }
     assert set(fits["counting"]) == set(COMPUTE)
 
@@ -109,6 +114,48 @@ def test_a_study_without_any_loss_is_still_a_report(tables: Tables) -> None:
     json.dumps(fits, allow_nan=False)
 
 
+def test_the_other_pool_is_the_largest_that_every_run_has(tables: Tables) -> None:
+    """Final losses over smaller pools come from the last step of the curves."""
+    smaller = tables.curves[tables.curves["pool_size"] == 64].assign(pool_size=16, loss=2.0)
+    curves = pd.concat([tables.curves, smaller])
+    fits = study(Tables(tables.runs, curves, tables.transfer, {}), n_boot=0)
+    (other,) = (a for a in fits["compute"]["alternatives"] if a["y"].startswith("loss_pool"))
+    assert other["y"] == "loss_pool_64"
+    fit = fit_power_law(
+        tables.runs.assign(loss=tables.runs["loss"] - 1), x="pf_days", y="loss", frontier=True,
+        n_boot=0,
+    )  # fmt: skip
+    assert other["fit"]["params"] == pytest.approx(dict(fit.params))
+    one = (curves["pool_size"] == 64) & (curves["run_key"] == tables.runs["run_key"][0])
+    fits = study(Tables(tables.runs, curves[~one], tables.transfer, {}), n_boot=0)
+    assert {a["y"] for a in fits["compute"]["alternatives"]} == {
+        "loss", "loss_refit", "loss_pool_16",
+    }  # fmt: skip
+
+
+def with_loss(tables: Tables, loss: np.ndarray) -> Tables:
+    """The study with another loss, which all its pools and the refitted scale share."""
+    runs = tables.runs.assign(loss=loss, loss_refit=loss)
+    curves = tables.curves.drop(columns="loss").merge(runs[["run_key", "loss"]], on="run_key")
+    return Tables(runs, curves, tables.transfer, tables.collected)
+
+
+def test_an_alternative_that_did_not_converge_is_against(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stalled(runs: pd.DataFrame, **choices: Any) -> PowerLawFit:
+        fit = fit_power_law(runs, **choices)
+        status = FitStatus.STALLED if choices["y"] == "loss_refit" else FitStatus.CONVERGED
+        return replace(fit, status=status, message="a reason")
+
+    monkeypatch.setattr("scaling.analysis.report.fit_power_law", stalled)
+    noise = np.exp(np.random.default_rng(0).normal(0, 0.03, len(tables.runs)))
+    loss = 3 * (tables.runs["pf_days"].to_numpy() / 1e-9) ** -PLANTED * noise
+    conclusion = study(with_loss(tables, loss), n_boot=60)["compute"]["conclusion"]
+    assert conclusion["against"] == ["y loss_refit: STALLED, a reason"]
+    assert not conclusion["holds"]
+
+
 def test_a_conclusion_needs_the_choices_to_agree(tables: Tables) -> None:
     """With noise of a few per cent the countings agree; a loss that rises with compute has none."""
     rng = np.random.default_rng(0)
@@ -116,10 +163,9 @@ def test_a_conclusion_needs_the_choices_to_agree(tables: Tables) -> None:
     compute = np.exp(
         np.log(runs[["pf_days", "pf_days_exact"]].astype(float)).mean(axis=1).to_numpy()
     )
-    runs["loss"] = 3 * (compute / 1e-9) ** -PLANTED * np.exp(rng.normal(0, 0.03, len(runs)))
-    held = study(changed(tables, runs), n_boot=100)["compute"]["conclusion"]
+    loss = 3 * (compute / 1e-9) ** -PLANTED * np.exp(rng.normal(0, 0.03, len(runs)))
+    held = study(with_loss(tables, loss), n_boot=100)["compute"]["conclusion"]
     assert held["holds"], held["against"]
-    runs["loss"] = runs["loss"].to_numpy()[::-1]
-    lost = study(changed(tables, runs), n_boot=100)["compute"]["conclusion"]
+    lost = study(with_loss(tables, loss[::-1]), n_boot=100)["compute"]["conclusion"]
     assert not lost["holds"]
     assert lost["against"]

@@ -28,7 +28,7 @@ def test_gradient_and_hessian_are_those_of_finite_differences(
     assert np.all(np.abs(gradient) <= bound)
     # central differences: truncation h^2 and rounding 1e-16 / h balance near h = 1e-5
     h = 1e-5
-    for j in range(p.n_params):
+    for j in range(p.n_free):
         step = np.zeros_like(theta)
         step[0, j] = h
         up, down = p.derivatives(theta + step, weights), p.derivatives(theta - step, weights)
@@ -80,10 +80,10 @@ def test_batches_larger_than_a_chunk_give_the_same(monkeypatch: pytest.MonkeyPat
     p = problem(1, True, 1e-2)
     starts = scatter_starts(p, 9, np.random.default_rng(0))
     together = minimise(p, starts)
-    monkeypatch.setattr("scaling.analysis.solver._CHUNK", 4 * 30 * p.n_params)
+    monkeypatch.setattr("scaling.analysis.solver._CHUNK", 4 * 30 * p.n_free)
     apart = minimise(p, starts)
     np.testing.assert_allclose(together.objective, apart.objective, rtol=1e-9)
-    assert apart.theta.shape == (9, p.n_params)
+    assert apart.theta.shape == (9, p.n_free)
 
 
 def test_a_floor_that_is_not_there_ends_on_its_bound() -> None:

@@ -85,6 +85,13 @@ def test_rows_of_a_fold() -> None:
     assert rows_of(popular()) == rows
 
 
+def test_metrics_that_no_ranking_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    impossible = {"hr_1": 0.5, "hr_10": 0.4, "ndcg_10": 0.3, "mrr": 0.3, "tie_gap": 0.0}
+    monkeypatch.setattr(evaluation, "summarise", lambda ranks: impossible)
+    with pytest.raises(TransferError, match=r"clue/u-mlp, fold 0: .*hr_10 = 0\.4"):
+        rows_of(popular())
+
+
 def test_popularity_needs_no_pretraining_service() -> None:
     problem = replace(popular(), pretraining=None)
     assert list(rows_of(problem)) == ["clue/u-mlp", "popularity"]
