@@ -19,7 +19,7 @@ writer may commit only while no newer one exists. Every record is created or rep
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -83,13 +83,9 @@ class RunDir:
         Raises:
             RecordError: no run or several have such a key; the message names them.
         """
-        if not re.fullmatch("[a-z2-7]{2,16}", prefix):
-            raise RecordError(f"{prefix!r} does not begin a run key (2 to 16 of a-z and 2-7)")
-        found = sorted(p.name for p in Path(root).glob(f"runs/{prefix[:2]}/{prefix}*"))
-        if len(found) != 1:
-            what = ", ".join(found[:5]) if found else "no run"
-            raise RecordError(f"{Path(root) / 'runs'}: {what} has a key starting with {prefix!r}")
-        return cls(root, found[0])
+        folders = Path(root).glob(f"runs/{prefix[:2]}*/*")
+        there = (p.name for p in folders if RUN_KEY.fullmatch(p.name))
+        return cls(root, one_key(there, prefix, str(Path(root) / "runs")))
 
     # spec and result
 
@@ -215,6 +211,26 @@ class RunDir:
             if last["kind"] != "start":
                 return last
         return None
+
+
+def one_key(keys: Iterable[str], prefix: str, where: str) -> str:
+    """The one of these run keys that starts with ``prefix``; ``where`` begins every message.
+
+    Raises:
+        RecordError: none or several do; the message names them.
+    """
+    if not re.fullmatch("[a-z2-7]{1,16}", prefix):
+        raise RecordError(f"{prefix!r} does not begin a run key (1 to 16 of a-z and 2-7)")
+    found = sorted(key for key in keys if key.startswith(prefix))
+    if not found:
+        raise RecordError(f"{where}: no run has a key starting with {prefix!r}")
+    if len(found) > 1:
+        some = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+        raise RecordError(
+            f"{where}: {len(found)} runs have a key starting with {prefix!r} ({some}); "
+            "give more letters"
+        )
+    return found[0]
 
 
 def append_line(file: Any, row: Mapping[str, Any]) -> None:

@@ -181,6 +181,26 @@ def test_what_was_never_submitted_says_so(study: Path) -> None:
     assert "no run has a key" in refused("logs", "abcd", "--root", study)
 
 
+def test_training_by_hand_makes_one_folder_and_submits_nothing(study: Path) -> None:
+    sweep = ["--sweep", study / "study.toml", "--root", study]
+    before = tree(study)
+    assert "no run has a key starting with 'aaaaaaa'" in refused("train", "aaaaaaa", *sweep)
+    assert "does not begin a run key" in refused("train", "x/", *sweep)
+    assert tree(study) == before
+    rows = json.loads(call("plan", study / "study.toml", "--root", study, "--json").stdout)
+    key = rows[1]["run_key"]
+    assert call("train", key[:8], *sweep).exit_code == 0
+    assert [p.name for p in (study / "runs").glob("*/*")] == [key]
+    said = refused("logs", key, "--root", study)
+    assert f"run {key} was never submitted" in said
+    cluster = ["--cluster", study / "local.toml"]
+    for words in (["cancel"], ["sync", *cluster]):
+        said = refused(words[0], study / "study.toml", "--root", study, *words[1:])
+        assert "none of its 3 runs was submitted" in said
+    states = json.loads(call("status", study / "study.toml", "--root", study, "--json").stdout)
+    assert [row["state"] for row in states] == ["PLANNED", "DONE", "PLANNED"]
+
+
 def test_figures_before_collect_and_fit_say_what_is_missing(study: Path) -> None:
     where = ["--results", study / "results"]
     assert "clue-scaling collect" in refused("figures", study / "study.toml", *where)

@@ -78,7 +78,8 @@ def test_a_run_is_found_by_the_first_letters_of_its_key(run: RunDir, tmp_path: P
 def test_ambiguous_and_unknown_keys_name_what_there_is(run: RunDir, tmp_path: Path) -> None:
     twin = run.run_key[:15] + ("a" if run.run_key[15] != "a" else "b")
     RunDir(tmp_path, twin).path.mkdir()
-    with pytest.raises(RecordError, match=f"{run.run_key}.*{twin}|{twin}.*{run.run_key}"):
+    both = f"({run.run_key}.*{twin}|{twin}.*{run.run_key}).*give more letters"
+    with pytest.raises(RecordError, match=f"2 runs have a key .*{both}"):
         RunDir.find(tmp_path, run.run_key[:15])
     for unknown in ("zzzz", "", "*", "../*", "a/b"):
         with pytest.raises(RecordError):

@@ -110,13 +110,21 @@ def known_runs(planned: "Sequence[PlannedRun]", root: Path) -> "list[RunDir]":
     return [run for run in runs if (run.path / "spec.json").exists()]
 
 
-def submitted_runs(planned: "Sequence[PlannedRun]", root: Path, sweep: Path) -> "list[RunDir]":
-    """As ``known_runs``.
+def submitted_runs(
+    planned: "Sequence[PlannedRun]", root: Path, sweep: Path, identity: str
+) -> "list[RunDir]":
+    """The planned runs that somebody submitted: with a job, or waiting in a submitted sweep.
+
+    Args:
+        identity: name of the sweep's folder (``sweep_id``).
 
     Raises:
-        ClueError: there is none.
+        ClueError: there is none; runs that were only trained by hand are none.
     """
-    if not (runs := known_runs(planned, root)):
+    runs = known_runs(planned, root)
+    if not (root / "sweeps" / identity / "plan.json").exists():
+        runs = [run for run in runs if any(run.path.glob("attempts/*/intent.json"))]
+    if not runs:
         raise ClueError(
             f"{sweep}: none of its {len(planned)} runs was submitted below {root}; run: "
             f"clue-scaling submit {sweep} --cluster CLUSTER.toml"

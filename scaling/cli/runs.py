@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from scaling.cli.app import WORK, Json, Root, app, planned_runs, submitted_runs
+from scaling import ClueError
+from scaling.cli.app import WORK, Json, Root, app, known_runs, planned_runs
 from scaling.cli.terminal import print_json, print_table, progress
 
 RunKey = Annotated[str, typer.Argument(help="Run key, or its first letters.")]
@@ -59,17 +60,17 @@ def train(
     """
     from scaling.config import TrainSettings
     from scaling.data.corpus import Corpus
-    from scaling.rundir import RunDir
+    from scaling.rundir import RunDir, one_key
     from scaling.slurm.profile import ClusterProfile
     from scaling.train.loop import train as fit_encoder
 
+    settings = ClusterProfile.read(cluster).train if cluster else TrainSettings()
     if sweep is not None:
         _, card, planned = planned_runs(sweep, root)
-        for p in planned:
-            if p.config and p.config.run_key.startswith(run):
-                RunDir.create(root, p.config, card.name)
-    chosen = RunDir.find(root, run)
-    settings = ClusterProfile.read(cluster).train if cluster else TrainSettings()
+        configs = {p.config.run_key: p.config for p in planned if p.config}
+        chosen = RunDir.create(root, configs[one_key(configs, run, str(sweep))], card.name)
+    else:
+        chosen = RunDir.find(root, run)
     corpus = Corpus.find(root, chosen.spec().data.corpus_digest)
     with progress(f"train {chosen.run_key}") as update, _stop_on_signal() as stop:
         result = fit_encoder(chosen, corpus, settings, progress=update, should_stop=stop)
@@ -104,8 +105,10 @@ def transfer(
 
     if run.endswith(".toml"):
         _, _, planned = planned_runs(Path(run), root)
-        known = [(r, r.result()) for r in submitted_runs(planned, root, Path(run))]
+        known = [(r, r.result()) for r in known_runs(planned, root)]
         chosen = [r for r, result in known if result and result["status"] == "done"]
+        if not chosen:
+            raise ClueError(f"{run}: none of its {len(planned)} runs is done yet")
     else:
         chosen = [RunDir.find(root, run)]
     rows: list[dict[str, Any]] = []

@@ -135,11 +135,12 @@ def sync(
     from scaling.sweeps import sweep_id
 
     grid, _, planned = planned_runs(sweep, root)
+    identity = sweep_id(grid.name, planned)
     driver.sync(
         root,
-        submitted_runs(planned, root, sweep),
+        submitted_runs(planned, root, sweep, identity),
         ClusterProfile.read(cluster),
-        sweep=sweep_id(grid.name, planned),
+        sweep=identity,
         watch=watch,
         report=_tell_changes(),
     )
@@ -182,9 +183,10 @@ def cancel(sweep: SweepFile, root: Root = WORK) -> None:
         clue-scaling cancel sweeps/demo.toml
     """
     from scaling.slurm.cancel import cancel as end
+    from scaling.sweeps import sweep_id
 
-    _, _, planned = planned_runs(sweep, root)
-    cancelled = end(submitted_runs(planned, root, sweep))
+    grid, _, planned = planned_runs(sweep, root)
+    cancelled = end(submitted_runs(planned, root, sweep, sweep_id(grid.name, planned)))
     typer.echo(f"cancelled {len(cancelled)} of {len(planned)} runs")
 
 

@@ -19,10 +19,15 @@ def log_files(run: RunDir, *, attempt: int | None = None, rank: int = 0) -> list
         RecordError: the run has no such attempt, or nothing was written yet.
     """
     attempts = run.attempts()
+    if not attempts:
+        raise RecordError(
+            f"run {run.run_key} was never submitted, so that no job has logs; `train` prints to "
+            "the terminal"
+        )
     chosen = [a for a in attempts if attempt is None or a.number == attempt][-1:]
     if not chosen:
-        numbers = ", ".join(str(a.number) for a in attempts) or "none"
-        raise RecordError(f"run {run.run_key} has no attempt {attempt or ''}; there are: {numbers}")
+        numbers = ", ".join(str(a.number) for a in attempts)
+        raise RecordError(f"run {run.run_key} has no attempt {attempt}; there are: {numbers}")
     record = chosen[0].claim or chosen[0].submit
     if record is None:
         raise RecordError(
