@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import typer.main
 
 from scaling.analysis.report import FITS_VERSION
@@ -185,24 +185,6 @@ def test_the_files_of_the_guide_are_valid(tmp_path: Path) -> None:
     assert len(grid.runs(card)) == 9
 
 
-# ---- formats ------------------------------------------------------------------------------------
-
-
-def sections(text: str) -> dict[str, str]:
-    """Text of every second-level section by its heading."""
-    parts = re.split(r"^## +(.*)$", text, flags=re.M)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
-
-
-def test_the_index_of_formats_names_every_section() -> None:
-    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
-    index = re.findall(r"^- \[([^\]]+)\]\(#", text, re.M)
-    assert index == list(sections(text))
-
-
-def written_versions(root: Path) -> dict[str, int]:
-    """The version that the code gives each format."""
-    config = RunConfig(
 @pytest.mark.slow
 def test_the_corpus_of_the_guide_can_be_prepared(tmp_path: Path) -> None:
     """On logs of the layout it describes: searches without ratings, orders with them."""
@@ -227,6 +209,24 @@ def test_the_corpus_of_the_guide_can_be_prepared(tmp_path: Path) -> None:
     assert card.n_users == 2_400 - 240 - 2 * 1_024
 
 
+# ---- formats ------------------------------------------------------------------------------------
+
+
+def sections(text: str) -> dict[str, str]:
+    """Text of every second-level section by its heading."""
+    parts = re.split(r"^## +(.*)$", text, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_the_index_of_formats_names_every_section() -> None:
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    index = re.findall(r"^- \[([^\]]+)\]\(#", text, re.M)
+    assert index == list(sections(text))
+
+
+def written_versions(root: Path) -> dict[str, int]:
+    """The version that the code gives each format."""
+    config = RunConfig(
         model=ModelConfig(layers=1, d_model=8, heads=1),
         data={"corpus_digest": "a" * 16, "vocab_size": 300},
         batch_size=2,
