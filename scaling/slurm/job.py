@@ -4,6 +4,7 @@ Claim the attempt, set up the rank's environment, train, and leave a record of t
 named by a string and imported last, so that a superseded job ends before torch is loaded.
 """
 
+import contextlib
 import ctypes
 import errno
 import importlib
@@ -22,7 +23,7 @@ from submitit import JobEnvironment
 from submitit.helpers import TorchDistributedEnvironment
 
 from scaling.config import TrainSettings
-from scaling.files import read_json
+from scaling.files import RecordError, read_json
 from scaling.rundir import Attempt, RunDir, Superseded
 from scaling.slurm.scheduler import command, is_alive, process_identity
 
@@ -36,7 +37,7 @@ POLL_S = 10.0
 CLAIM_WAIT_S = 300.0
 """Longest wait of a local rank for rank 0's claim; under Slurm srun ends the ranks. [seconds]"""
 ROOT_CAUSE_S = 5.0
-"""A rank whose connection broke leaves the rank that broke it this time to say why. [seconds]"""
+"""A rank that failed because another did leaves that one this time to say why. [seconds]"""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -101,7 +102,7 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
         print(f"superseded: {e}", file=sys.stderr)
         _leave(EXIT_SUPERSEDED, local, environment.num_tasks)
     except Exception as e:
-        traceback.print_exc()
+        _tell(traceback.format_exc())
         cause = classify(e)
         if cause == "comm":
             time.sleep(ROOT_CAUSE_S)
@@ -240,7 +241,7 @@ def classify(error: BaseException) -> str:
             return "host_oom"
         if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
             return "disk_full"
-        if names & {"DistBackendError", "DistNetworkError", "DistStoreError"} or (
+        if names & {"DistBackendError", "DistNetworkError", "DistStoreError", "PeerError"} or (
             isinstance(chain, RuntimeError)
             and any(w in text for w in ("gloo", "NCCL", "Connection closed by peer", "EADDRINUSE"))
         ):
@@ -250,26 +251,33 @@ def classify(error: BaseException) -> str:
 
 
 def _record_end(run: RunDir, number: int, job: dict[str, Any], cause: str, evidence: str) -> None:
-    """Say how the attempt ended, unless a later start of it (a requeue) is writing by now."""
-    generation = max(run.generations(), default=0)
-    if generation:
-        with open(run.metrics_path(generation), "rb") as f:
-            start = json.loads(f.readline())
-        if start.get("attempt") == number and (start.get("job") or {})["restart"] > job["restart"]:
-            return
-    progress = run.progress()
-    run.record(
-        number,
-        "end",
-        {
-            "class": cause,
-            "evidence": evidence,
-            "step": int(progress["step"]) if progress else 0,
-            "generation": generation,
-            "host": socket.gethostname(),
-            "time": time.time(),
-        },
-    )
+    """Say how the attempt ended, unless a later start of it (a requeue) is writing by now.
+
+    Where that fails, on a disk that is full say, the log has it and the scheduler has the rest.
+    """
+    try:
+        generation = max(run.generations(), default=0)
+        if generation:
+            with open(run.metrics_path(generation), "rb") as f:
+                start = json.loads(f.readline())
+            restart = (start.get("job") or {}).get("restart", 0)
+            if start.get("attempt") == number and restart > job["restart"]:
+                return
+        progress = run.progress()
+        run.record(
+            number,
+            "end",
+            {
+                "class": cause,
+                "evidence": evidence,
+                "step": int(progress["step"]) if progress else 0,
+                "generation": generation,
+                "host": socket.gethostname(),
+                "time": time.time(),
+            },
+        )
+    except (OSError, ValueError, RecordError) as e:
+        _tell(f"attempt {number} ended ({cause}), which could not be recorded: {e}")
 
 
 def _stopped(run: RunDir, number: int, job: dict[str, Any], by: str) -> None:
@@ -291,10 +299,17 @@ def _stopped(run: RunDir, number: int, job: dict[str, Any], by: str) -> None:
         _record_end(run, number, job, "stopped", f"{by}; not requeued: {output}")
 
 
+def _tell(message: str) -> None:
+    """Print to the log, which may lie on the full disk."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)
+
+
 def _leave(status: int, local: bool, ranks: int) -> NoReturn:
     """End this rank and with it, where srun does not see to it, the others of a failed run."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     if local and ranks > 1:
         os.kill(os.getppid(), signal.SIGKILL)
     raise SystemExit(status)

@@ -126,6 +126,26 @@ def test_a_full_disk_is_named(root, make_runs, profile):
     assert (row["state"], row["cause"]) == ("FAILED", "disk_full")
 
 
+def test_the_rank_with_the_cause_has_time_to_name_it(root, make_runs, profile):
+    profile = profile.model_copy(update={"shape": Shape(tasks_per_node=2)})
+    (run,) = make_runs(1, fail_at=3, error="peer", fail_rank=1)
+    (row,) = sync(root, [run], profile, sweep="s", watch=True, interval_s=0.05)
+    assert (row["state"], row["cause"]) == ("FAILED", "disk_full")
+    assert row["evidence"].startswith("rank 0: OSError: [Errno 28]")
+
+
+def test_a_disk_too_full_for_the_record_leaves_the_reason_in_the_log(root, make_runs, profile):
+    (run,) = make_runs(1, fail_at=3, error="full disk")
+    (row,) = sync(root, [run], profile, sweep="s", watch=True, interval_s=0.05)
+    # The next attempt says what is known of the one before: its process has ended.
+    assert (row["state"], row["attempts"]) == ("DONE", 2)
+    assert run.attempts()[0].end["class"] == "killed"
+    printed = log_files(run, attempt=1)[1].read_text()
+    assert "Traceback" in printed
+    assert "raise {" in printed
+    assert "attempt 1 ended (disk_full), which could not be recorded: [Errno 28]" in printed
+
+
 def test_cancel_ends_started_and_planned_runs_and_is_idempotent(root, make_runs, profile, until):
     runs = make_runs(4, steps=2000, step_s=0.05)
     submit(root, runs, profile, sweep="s")

@@ -2,7 +2,8 @@
 
 Keeps the records that training keeps (generations, metrics, committed checkpoints, result) and
 computes nothing. ``<root>/standin.json`` tells it how: ``step_s``, ``checkpoint_every``, and the
-exception to raise at a step of the first attempt: ``fail_at``, ``error``, ``fail_rank``.
+exception to raise at a step of the first attempt: ``fail_at``, ``error``, ``fail_rank``. With the
+error ``peer`` the other ranks then fail a second later, of a full disk.
 """
 
 import json
@@ -12,8 +13,16 @@ import sys
 import time
 from pathlib import Path
 
-from scaling.files import create_json
+from scaling.files import RecordError, create_json
 from scaling.rundir import append_line
+
+
+class PeerError(RecordError):
+    """As ``scaling.train.checkpoint.PeerError``, which would bring torch."""
+
+
+def _full(*_):
+    raise OSError(28, "No space left on device")
 
 
 def train(run, corpus, settings, *, attempt=None, job=None, progress=None, should_stop=None):
@@ -35,9 +44,17 @@ def train(run, corpus, settings, *, attempt=None, job=None, progress=None, shoul
             _commit(run, rank, step - 1)
             return None
         if step == how.get("fail_at") and attempt == 1 and rank == how.get("fail_rank", rank):
-            raise {"oserror": OSError(28, "No space left on device"), "value": ValueError("boom")}[
-                how["error"]
-            ]
+            if how["error"] == "full disk":  # from now on no record can be written either
+                run.record = _full
+            raise {
+                "oserror": OSError(28, "No space left on device"),
+                "full disk": OSError(28, "No space left on device"),
+                "peer": PeerError("rank 0 could not commit"),
+                "value": ValueError("boom"),
+            }[how["error"]]
+        if step == how.get("fail_at") and how["error"] == "peer":
+            time.sleep(1)
+            raise OSError(28, "No space left on device")
         if rank == 0:
             run.fence(generation)
             with open(run.metrics_path(generation), "ab") as file:
