@@ -27,22 +27,27 @@ def cancel(runs: Sequence[RunDir]) -> list[str]:
         Keys of the runs cancelled by this call.
 
     Raises:
-        SubmissionError: the records are written, but the scheduler could not be told; call again.
+        SubmissionError: the records are written, but the scheduler could not be told of every job;
+            call again.
     """
     snapshot, derived = survey(runs, DEFAULT_RULES)
-    cancelled, jobs = [], defaultdict(list)
-    problem = "" if snapshot.answered else snapshot.note
-    for run, _, verdict in derived:
+    cancelled, late, jobs = [], 0, defaultdict(list)
+    for run, facts, verdict in derived:
         if verdict.state in (State.DONE, State.DIVERGED) or verdict.cause == "damaged":
             continue
         if not verdict.over and _mark(run):
             cancelled.append(run.run_key)
-        newest = run.attempts()[-1] if verdict.attempt else None
-        if newest is None or verdict.job_state is None:
+            newest = run.attempts()[-1]
+            late += newest.number > verdict.attempt and newest.intent["executor"] != "none"
+        if verdict.job_state is None:
             continue
         word = meaning(verdict.job_state)
         if word is None or word.phase is not Phase.ENDED:
-            jobs[str(newest.intent["executor"]), str(newest.intent["token"])].append(newest)
+            seen = facts.attempts[-1]
+            jobs[str(seen.intent["executor"]), str(seen.intent["token"])].append(seen)
+    problem = "" if snapshot.answered else snapshot.note
+    if late:
+        problem = f"{late} of them got another attempt meanwhile"
     for (executor, token), attempts in jobs.items():
         if executor == "local":
             _terminate(attempts[0])

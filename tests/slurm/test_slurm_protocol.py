@@ -9,6 +9,7 @@ import submitit
 
 from scaling.config import ConfigError
 from scaling.rundir import RunDir
+from scaling.slurm import cancel as cancelling
 from scaling.slurm import job as job_module
 from scaling.slurm import submission, sync
 from scaling.slurm.cancel import cancel
@@ -360,6 +361,26 @@ def test_cancel_without_a_controller_says_so(root, make_runs, fake_slurm, slurm_
     assert fake_slurm.jobs()[0]["state"] == "CANCELLED by 0"
 
 
+def test_cancel_while_somebody_submits_again(
+    root, make_runs, fake_slurm, slurm_profile, monkeypatch
+):
+    runs = make_runs(2)
+    sync.submit(root, runs, slurm_profile, sweep="s")
+    look = cancelling.survey
+
+    def raced(*arguments):
+        seen = look(*arguments)
+        intent = runs[0].attempts()[0].intent
+        runs[0].record(2, "intent", {**intent, "token": "s-other"})
+        return seen
+
+    monkeypatch.setattr(cancelling, "survey", raced)
+    with pytest.raises(SubmissionError, match="1 of them got another attempt meanwhile"):
+        cancel(runs)
+    assert [run.attempts()[-1].cancel is not None for run in runs] == [True, True]
+    assert [j["state"] for j in fake_slurm.jobs()] == ["CANCELLED by 0"] * 2
+
+
 def test_damaged_records_are_reported_and_left_alone(root, make_runs, fake_slurm, slurm_profile):
     runs = make_runs(2)
     (runs[0].path / "attempts/0001").mkdir(parents=True)
@@ -440,6 +461,8 @@ def test_hostile_values_never_reach_a_script(
 
 
 def test_failure_classes():
+    from scaling.train.checkpoint import PeerError  # brings torch
+
     class OutOfMemoryError(RuntimeError):
         pass
 
@@ -456,6 +479,7 @@ def test_failure_classes():
     for cause, error in cases.items():
         assert classify(error) == cause
     assert classify(DistBackendError("x")) == "comm"
+    assert classify(PeerError("rank 0 could not commit")) == "comm"
     outer = ValueError("wrapped")
     outer.__cause__ = OSError(122, "Disk quota exceeded")
     assert classify(outer) == "disk_full"
