@@ -29,13 +29,17 @@ LOG = {
     "service": "!string",  # where
     "item": "string",  # identity of the item within its service; null: its text is its identity
     "text": "string",  # item text as found; null or blank: untitled
-    "time": "int64",  # [Unix s]; null where the source has order only
+    "time": "int64",  # [Unix s], in TIMES; null where the source has order only
     "position": "int64",  # stored order among a user's logs: breaks ties of time
     "rating": "float64",
     "category": "string",
     "problem": "string",  # null: a sound row; else "FILE:LINE: REASON", the rest may be null
 }
 """Columns of a table of logs and their Ibis types; ``!`` marks what a sound row must have."""
+
+TIMES = range(4_102_444_800)
+"""Times that a log may have, 1970 to 2099 [Unix s]. Outside, it is mostly the unit that is wrong:
+milliseconds read as seconds are of the year 55,000."""
 
 KINDS = ("amazon_sequences", "synthetic", "tables")
 

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from scaling.config import Frozen, Name
 from scaling.data.corpus import CorpusError
-from scaling.data.sources import resolve
+from scaling.data.sources import TIMES, resolve
 
 
 class Config(Frozen):
@@ -74,7 +74,7 @@ def logs(con: Any, config: Config, base: Path) -> ibis.Table:
                 asin, service = items[item]
                 if not user:
                     raise ValueError("no user")
-                if not -(2**63) <= time < 2**63:
+                if time not in TIMES:
                     raise ValueError("time out of range")
             except (ValueError, KeyError) as e:
                 reason = f"unknown item {e}" if isinstance(e, KeyError) else "not 'item|unixtime'"

@@ -1,8 +1,8 @@
 """Behaviour logs in tables: Parquet, CSV or JSON lines, with a mapping of columns.
 
 Text formats are read line by line by Python's own parsers, so that a row that cannot be read is
-told with its file and line whatever bytes it holds. Parquet goes straight into the database: it is
-the format for logs that are large.
+told with its file and line whatever bytes it holds. Parquet goes straight into the database
+(``parquet.py``): it is the format for logs that are large.
 """
 
 import csv
@@ -10,7 +10,9 @@ import glob
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -20,51 +22,19 @@ import ibis
 import pyarrow as pa
 from pydantic import Field
 
-from scaling.config import Frozen, Name
+from scaling.config import Frozen
 from scaling.data.corpus import CorpusError
-from scaling.data.sources import LOG, resolve
+from scaling.data.sources import LOG, TIMES, resolve
+from scaling.data.sources.layout import FILE, OUTSIDE, UNITS, LogTable, require
+from scaling.data.sources.parquet import parquet_rows
 
 CHUNK = 65_536
-FILE = 1 << 40
-"""Positions of a file's rows start at this times the file's number: rows of one file are fewer."""
-UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl"}
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+UNREADABLE = (OSError, EOFError, zlib.error)
+"""What reading a file raises that is not there, or is no gzip file or a torn one."""
 TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
 SCHEMA = pa.schema([(c, TYPES[t.lstrip("!")]) for c, t in LOG.items()])
-
-
-class Columns(Frozen):
-    """Which column of the files holds what."""
-
-    user: str
-    service: str | None = None
-    """None: the table's ``service``."""
-    text: str
-    """Item text."""
-    item: str | None = None
-    """Id of the item; None: its text is its identity."""
-    time: str | None = None
-    """Unix time, or ISO 8601 (UTC where it says no zone); None: the rows are in order."""
-    rating: str | None = None
-    """Number; NaN and infinity count as no rating."""
-    category: str | None = None
-
-
-class LogTable(Frozen):
-    """Files of one layout."""
-
-    files: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Paths or globs."""
-    columns: Columns
-    service: Name | None = None
-    """Service of all logs, where no column says it."""
-    format: Literal["parquet", "csv", "jsonl"] | None = None
-    """None: by the suffix of the file, before any ``.gz``."""
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None
-    """Of CSV; None: a tab in ``.tsv`` files, else a comma."""
-    encoding: Literal["utf-8", "latin-1"] = "utf-8"
-    time_unit: Literal["s", "ms", "us", "ns"] = "s"
-    """Unit of times that are numbers; they are cut to whole seconds."""
 
 
 class Config(Frozen):
@@ -95,12 +65,15 @@ def logs(con: Any, config: Config, base: Path) -> ibis.Table:
     """Logs of all tables; rows that cannot be read have a ``problem``.
 
     Raises:
-        CorpusError: a file is missing, of unknown format, or lacks a mapped column.
+        CorpusError: a file is missing, of unknown format, not of the format it should be, or lacks
+            a mapped column; or a table has no rows.
     """
     parts = []
-    texts: list[tuple[int, Path, str, LogTable]] = []
+    texts: list[tuple[int, Path, str, _Found]] = []
     number = 0
-    for table in config.tables:
+    found = [_Found(table) for table in config.tables]
+    for of in found:
+        table = of.table
         if (table.service is None) == (table.columns.service is None):
             raise CorpusError(f"{table.files[0]}: give either a service or a column for it")
         for path in _files(table, base):
@@ -108,80 +81,45 @@ def logs(con: Any, config: Config, base: Path) -> ibis.Table:
             if kind is None:
                 raise CorpusError(f"{path}: format unknown; set format = parquet, csv or jsonl")
             if kind == "parquet":
-                parts.append(_parquet(con, path, number, table))
+                part, n_rows = parquet_rows(con, path, number, table)
+                parts.append(part)
+                of.rows += n_rows
             else:
-                texts.append((number, path, kind, table))
+                texts.append((number, path, kind, of))
             number += 1
     if texts:
         parts.append(_texts(con, texts))
+    for of in found:
+        where = ", ".join(of.table.files)
+        if not of.rows:
+            raise CorpusError(f"{where}: no rows")
+        if of.unseen:
+            raise CorpusError(
+                f"{where}: no row has {', '.join(map(repr, sorted(of.unseen)))}; "
+                "correct the table's columns or leave them out"
+            )
     return ibis.union(*parts) if len(parts) > 1 else parts[0]
 
 
-def _parquet(con: Any, path: Path, number: int, table: LogTable) -> Any:
-    rows = con.read_parquet(path, file_row_number=True)
-    _require(path, set(rows.columns), table)
-    c = table.columns
+@dataclass
+class _Found:
+    """What the files of a table turned out to hold."""
 
-    def text(column: str | None) -> Any:
-        value = rows[column].cast("string") if column else ibis.null("string")
-        return value.nullif("")
-
-    time = ibis.null("int64")
-    if c.time:
-        raw = rows[c.time]
-        if raw.type().is_date() or raw.type().is_timestamp():
-            time = raw.cast("timestamp").epoch_seconds().cast("int64")
-        elif raw.type().is_numeric():
-            time = (raw.cast("float64") / UNITS[table.time_unit]).floor().cast("int64")
-            if raw.type().is_integer():
-                time = (raw // UNITS[table.time_unit]).cast("int64")
-        else:
-            time = raw.try_cast("timestamp").epoch_seconds().cast("int64")
-    rating = rows[c.rating].cast("float64") if c.rating else ibis.null("float64")
-    user, item = text(c.user), text(c.item)
-    service = text(c.service) if c.service else ibis.literal(table.service)
-    cases = [(user.isnull(), "no user"), (service.isnull(), "no service")]
-    if c.item:
-        cases.append((item.isnull(), "no item"))
-    if c.time:
-        cases.append((time.isnull(), "no time"))
-    where = ibis.literal(f"{path}:").concat((rows.file_row_number + 1).cast("string"), ": ")
-    return rows.select(
-        user=user,
-        service=service,
-        item=item,
-        text=text(c.text),
-        time=time,
-        position=ibis.literal(number * FILE) + rows.file_row_number,
-        # The database holds NaN to be larger than any number: it would pass every lower bound.
-        rating=ibis.ifelse(rating.isnan() | rating.isinf(), ibis.null("float64"), rating),
-        category=text(c.category),
-        problem=ibis.cases(*((when, where.concat(reason)) for when, reason in cases)),
-    ).select(*LOG)
+    table: LogTable
+    rows: int = 0
+    unseen: set[str] | None = None
+    """Mapped columns that no row of text files had so far; None: there was no whole row yet."""
 
 
-def _require(path: Path, there: set[str], table: LogTable) -> None:
-    wanted = [v for v in table.columns.model_dump().values() if v is not None]
-    if missing := [w for w in wanted if w not in there]:
-        raise CorpusError(
-            f"{path}: has no column {', '.join(map(repr, missing))}; "
-            f"its columns: {', '.join(sorted(there))}"
-        )
-
-
-def _texts(con: Any, parts: list[tuple[int, Path, str, LogTable]]) -> Any:
+def _texts(con: Any, parts: list[tuple[int, Path, str, _Found]]) -> Any:
     """Rows of CSV and JSON lines files, streamed into the database."""
-    for _, path, kind, table in parts:
-        if kind == "csv":
-            with _open(path, table) as f:
-                _require(
-                    path, set(next(csv.reader(f, delimiter=_delimiter(path, table)), [])), table
-                )
+    for _, path, kind, found in parts:
+        _check_start(path, kind, found.table)
 
     def rows() -> Iterator[dict[str, Any]]:
-        for number, path, kind, table in parts:
+        for number, path, kind, found in parts:
             read = _csv if kind == "csv" else _jsonl
-            yield from _parsed(number, path, table, read(path, table))
+            yield from _parsed(number, path, found, read(path, found.table))
 
     def batches() -> Iterator[pa.RecordBatch]:
         iterator = rows()
@@ -198,11 +136,36 @@ Raw = tuple[int, dict[str, Any] | str]
 """Line, and the row's values by column or the reason why it has none."""
 
 
+def _check_start(path: Path, kind: str, table: LogTable) -> None:
+    """Refuse a file that cannot be opened, is not of the table's encoding or lacks a column."""
+    try:
+        with _opener(path)(path, "rb") as f:
+            start = f.read(2)
+        header: list[str] = []
+        if kind == "csv":
+            with _open(path, table) as f:
+                header = next(csv.reader(f, delimiter=_delimiter(path, table)), [])
+    except (*UNREADABLE, csv.Error) as e:
+        raise CorpusError(f"{path}: cannot be read: {e}") from None
+    names = "".join(header)
+    if start in UTF16 or "\0" in names or names != names.encode(errors="replace").decode():
+        found = "it is UTF-16" if start in UTF16 else "its header cannot be read"
+        raise CorpusError(
+            f"{path}: not {table.encoding}: {found}; set the table's key encoding "
+            "(valid: utf-8, latin-1) or convert the file"
+        )
+    if kind == "csv" and start:
+        require(path, header, table)
+
+
+def _opener(path: Path) -> Any:
+    return gzip.open if path.suffix == ".gz" else open
+
+
 def _open(path: Path, table: LogTable) -> Any:
     # Bytes that are not of the encoding become lone surrogates, which mark the row later.
     encoding = "utf-8-sig" if table.encoding == "utf-8" else table.encoding
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding=encoding, errors="surrogateescape", newline="")
+    return _opener(path)(path, "rt", encoding=encoding, errors="surrogateescape", newline="")
 
 
 def _delimiter(path: Path, table: LogTable) -> str:
@@ -228,7 +191,7 @@ def _csv(path: Path, table: LogTable) -> Iterator[Raw]:
                     yield line, dict(zip(header, fields, strict=True))
                 elif fields:
                     yield line, f"{len(fields)} fields, the header has {len(header)}"
-    except (OSError, EOFError) as e:
+    except UNREADABLE as e:
         yield line, f"cannot be read further: {e}"
 
 
@@ -245,18 +208,21 @@ def _jsonl(path: Path, table: LogTable) -> Iterator[Raw]:
                     yield number, f"not JSON: {e}"
                     continue
                 yield number, row if isinstance(row, dict) else "not a JSON object"
-    except (OSError, EOFError) as e:
+    except UNREADABLE as e:
         yield number + 1, f"cannot be read further: {e}"
 
 
-def _parsed(
-    number: int, path: Path, table: LogTable, raw: Iterator[Raw]
-) -> Iterator[dict[str, Any]]:
+def _parsed(number: int, path: Path, found: _Found, raw: Iterator[Raw]) -> Iterator[dict[str, Any]]:
     for index, (line, values) in enumerate(raw):
+        found.rows += 1
         try:
             if isinstance(values, str):
                 raise ValueError(values)
-            row = _row(values, table)
+            if found.unseen is None:
+                found.unseen = set(found.table.wanted)
+            if found.unseen:
+                found.unseen -= values.keys()
+            row = _row(values, found.table)
             row["position"] = number * FILE + index
             yield row
         except ValueError as e:
@@ -273,7 +239,7 @@ def _row(values: dict[str, Any], table: LogTable) -> dict[str, Any]:
     if c.item:
         row["item"] = _text(values, c.item, "item")
     if c.time:
-        row["time"] = _time(values.get(c.time), UNITS[table.time_unit])
+        row["time"] = _time(values.get(c.time), table.time_unit)
     if c.rating:
         row["rating"] = _rating(values.get(c.rating))
     if c.category:
@@ -297,8 +263,9 @@ def _text(values: dict[str, Any], column: str, required: str = "") -> str | None
     return text
 
 
-def _time(value: Any, unit: int) -> int:
+def _time(value: Any, time_unit: str) -> int:
     """Unix time in whole seconds of a number, or of a text that is a number or ISO 8601."""
+    unit = UNITS[time_unit]
     try:
         try:
             time = int(value) // unit
@@ -309,10 +276,12 @@ def _time(value: Any, unit: int) -> int:
                 moment = datetime.fromisoformat(value)
                 moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
                 time = int(moment.timestamp() // 1)
-        if isinstance(value, bool) or not -(2**63) <= time < 2**63:
+        if isinstance(value, bool):
             raise ValueError
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"not a time: {value!r:.60}") from None
+    if time not in TIMES:
+        raise ValueError(f"{OUTSIDE} (time_unit = {time_unit!r}): {value!r:.60}")
     return time
 
 
