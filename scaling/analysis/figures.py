@@ -7,7 +7,7 @@ committed tables and fits are enough to make every figure again.
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from scaling.analysis.downstream import correlations, downstream_points
-from scaling.analysis.fit import PowerLawFit
 from scaling.analysis.frontier import compute_frontier
 from scaling.files import write_bytes
 from scaling.results import Tables
@@ -51,9 +50,16 @@ DOWNSTREAM_LABELS = {
 }
 
 
+class Law(Protocol):
+    """A fitted power law; its record is what ``fits.json`` holds."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Parameters, intervals, range and curve."""
+
+
 def loss_vs_compute(
     runs: pd.DataFrame,
-    fit: PowerLawFit | Mapping[str, Any] | None = None,
+    fit: Law | Mapping[str, Any] | None = None,
     *,
     x: str = "pf_days",
     y: str = "loss",
@@ -66,12 +72,11 @@ def loss_vs_compute(
     """Loss of every run against its compute, the compute frontier, and a law with its 95 % band.
 
     Args:
-        fit: law in ``x``; solid over the fitted range and dotted where it is extrapolated.
+        fit: law in ``x``, or its record; dotted where it is extrapolated.
         hue: column that colours the runs.
         chance: draw the loss of a guess, ln of the pool size.
         floor: loss that no model can beat, where the world states one. [nats]
-        extend: draw the law to this many times the largest fitted compute (at most 10 where the
-            law comes from ``fits.json``).
+        extend: draw the law to this many times the largest fitted compute, at most 10.
     """
     ax = ax or _axes()
     whole = runs[runs[x].notna() & runs[y].notna()]
@@ -140,16 +145,25 @@ def transfer_vs_pretraining(
     return ax
 
 
-def plot_power_law(fit: PowerLawFit, *, ax: Axes | None = None, extend: float = 1.0) -> Axes:
-    """Fitted points, law and 95 % band."""
+def law_and_points(
+    fit: Law | Mapping[str, Any],
+    points: pd.DataFrame,
+    *,
+    ax: Axes | None = None,
+    extend: float = 1.0,
+) -> Axes:
+    """A law with its 95 % band, and the points it was fitted to.
+
+    Args:
+        points: fitted points; the first column is x, the second y.
+    """
     ax = ax or _axes()
-    used = fit.weights > 0
-    x = np.exp(fit.problem.log_x[used, 0])
-    ax.plot(x, np.exp(fit.problem.log_y[used]), "o", color="C0", label="fitted points")
-    _law(ax, fit, fit.x, extend)
+    x, y = points.columns[:2]
+    ax.plot(points[x], points[y], "o", color="C0", label="fitted points")
+    _law(ax, fit, x, extend)
     _log_log(ax)
-    ax.set_xlabel(LABELS.get(fit.x, fit.x))
-    ax.set_ylabel(LABELS.get(fit.y, fit.y))
+    ax.set_xlabel(LABELS.get(x, x))
+    ax.set_ylabel(LABELS.get(y, y))
     _legend(ax)
     return ax
 
@@ -198,16 +212,11 @@ def _axes() -> Axes:
         return plt.subplots(layout="constrained")[1]
 
 
-def _law(ax: Axes, fit: PowerLawFit | Mapping[str, Any], x: str, extend: float) -> None:
-    if isinstance(fit, PowerLawFit):
-        curve, exponent = fit.band(extend), float(fit.params["exponent"])
-        interval = (
-            None if fit.draws.empty else tuple(fit.draws["exponent"].quantile([0.025, 0.975]))
-        )
-    else:
-        curve, exponent = pd.DataFrame(fit["curve"]), float(fit["params"]["exponent"])
-        interval = fit["ci95"] and tuple(fit["ci95"]["exponent"])
-        curve = curve[curve[x] <= fit["range"][x][1] * extend * (1 + 1e-9)]
+def _law(ax: Axes, fit: Law | Mapping[str, Any], x: str, extend: float) -> None:
+    law = fit if isinstance(fit, Mapping) else fit.to_dict()
+    curve, exponent = pd.DataFrame(law["curve"]), float(law["params"]["exponent"])
+    interval = law["ci95"] and tuple(law["ci95"]["exponent"])
+    curve = curve[curve[x] <= law["range"][x][1] * extend * (1 + 1e-9)]
     label = f"exponent {exponent:#.3g}"
     if interval is not None:
         label += f"\n95 %: {interval[0]:#.3g} to {interval[1]:#.3g}"

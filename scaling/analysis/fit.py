@@ -80,9 +80,11 @@ class PowerLawFit(AdditiveFit):
 
     def plot(self, ax: "Axes | None" = None, *, extend: float = 1.0) -> "Axes":
         """Fitted points, law and 95 % band on logarithmic axes."""
-        from scaling.analysis.figures import plot_power_law
+        from scaling.analysis.figures import law_and_points  # matplotlib only where it draws
 
-        return plot_power_law(self, ax=ax, extend=extend)
+        used = self.weights > 0
+        x, y = np.exp(self.problem.log_x[used, 0]), np.exp(self.problem.log_y[used])
+        return law_and_points(self, pd.DataFrame({self.x: x, self.y: y}), ax=ax, extend=extend)
 
     def to_dict(self) -> dict[str, Any]:
         """As ``AdditiveFit.to_dict``, with the curve and its band to draw (a decade beyond)."""
