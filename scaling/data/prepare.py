@@ -6,7 +6,6 @@ corpus is there or not. Its digest is that of its content.
 
 import contextlib
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,9 @@ from scaling.data.corpus import (
 )
 from scaling.data.logs import Progress
 from scaling.data.recipe import CorpusFile, read_corpus_file
+from scaling.data.scratch import scratch_folder
 from scaling.data.sources import source_files
-from scaling.files import TMP_PREFIX, publish, sha256, write_json
+from scaling.files import publish, sha256, write_json
 
 
 def prepare(corpus_file: Path, root: Path, *, progress: Progress | None = None) -> Path:
@@ -58,9 +58,9 @@ def prepare(corpus_file: Path, root: Path, *, progress: Progress | None = None) 
     corpora = Path(root) / "corpora"
     try:
         corpora.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=TMP_PREFIX, dir=corpora) as scratch:
-            staged = Path(scratch) / "corpus"
-            built = build(file, corpus_file, Path(scratch), staged, report)
+        with scratch_folder(corpora) as scratch:
+            staged = scratch / "corpus"
+            built = build(file, corpus_file, scratch, staged, report)
             manifest = {**_manifest(file, staged, built), "sources": sources}
             return _publish(staged, corpora / f"{file.name}-{manifest['digest']}", manifest)
     except OSError as e:
@@ -180,7 +180,10 @@ def _publish(staged: Path, final: Path, manifest: dict[str, Any]) -> Path:
     for task, digest in manifest["tasks"].items():
         if there["tasks"].get(task, digest) != digest:
             raise CorpusError(
-                f"{final}: there is a task {task!r} of other content; give the new one another name"
+                f"{final}: there is a task {task!r} of other content: its table in the corpus "
+                "file, another choice or the source changed since it was made, and results may "
+                "rest on it. Give the task or the corpus another name, or, if no run needs it, "
+                f"remove the folder {final}"
             )
     for task in manifest["tasks"].keys() - there["tasks"].keys():
         (final / "tasks").mkdir(exist_ok=True)

@@ -62,7 +62,7 @@ class Users(Frozen):
 class TokenizerConfig(Frozen):
     """The byte-level BPE tokenizer."""
 
-    vocab_size: Annotated[int, Field(gt=256)] = PAPER_VOCABULARY
+    vocab_size: Annotated[int, Field(gt=256, le=1 << 20)] = PAPER_VOCABULARY
     """Entries at most, the pad and service tokens included; small corpora fill fewer."""
 
 

@@ -1,5 +1,8 @@
 """The scratch database of a preparation: Ibis on a DuckDB file, and ordered streams out of it."""
 
+import contextlib
+import fcntl
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +13,34 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from scaling.files import TMP_PREFIX
+
 CHUNK = 1 << 20
 """Rows handed over at a time."""
+LOCK = "lock"
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in ``parent`` that is removed when the block ends.
+
+    Its process holds a lock on a file in it. Folders that nobody holds any more, left by processes
+    that were killed, are removed first. Where the file system has no locks, they stay.
+    """
+    prefix = f"{TMP_PREFIX}scratch-"
+    for lock in parent.glob(f"{prefix}*/{LOCK}"):
+        with contextlib.suppress(OSError), open(lock, "r+b") as f:  # held, or just removed
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix, dir=parent) as folder,
+        open(Path(folder) / f"{LOCK}.new", "xb") as f,
+    ):
+        with contextlib.suppress(OSError):
+            fcntl.flock(f, fcntl.LOCK_EX)
+            # Only now under its name: nobody ever finds a lock that is not held yet.
+            Path(f.name).rename(Path(folder) / LOCK)
+        yield Path(folder)
 
 
 class Scratch:

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.logs import clean_text
 from scaling.data.prepare import find_prepared, prepare, read_card
 from scaling.data.recipe import Users, read_corpus_file
+from scaling.data.scratch import scratch_folder
 from scaling.data.tasks import Task
 
 REPOSITORY = Path(__file__).parents[2]
@@ -113,8 +115,9 @@ def test_a_task_is_added_beside_the_corpus(tiny_corpus):
     for task, digest in first.manifest["tasks"].items():
         assert corpus.manifest["tasks"][task] == digest
     edited(root, "negatives = 3", "negatives = 4")
-    with pytest.raises(CorpusError, match="there is a task 'garden' of other content"):
+    with pytest.raises(CorpusError, match="there is a task 'garden' of other content") as e:
         prepare(path, root)
+    assert str(e.value).endswith(f"if no run needs it, remove the folder {first.path}")
     assert left(root) == [first.path.name]
     Corpus.open(first.path).verify()
 
@@ -195,7 +198,13 @@ def test_the_nominal_mean_is_that_of_the_counts():
             "would test on logs of pretraining",
         ),
         ("downstream = 0.3", "downstream = 0.0", ConfigError, "needs users.downstream > 0"),
-        ("[tokenizer]", "[logs]\nmin_rating = 4\n[tokenizer]", CorpusError, "no log has a rating"),
+        (
+            "[users]",
+            "[logs]\nmin_rating = 4\n[users]",
+            CorpusError,
+            "'books' has a rating; it needs",
+        ),
+        ("size = 320", "size = 9999999999999", ConfigError, "less than or equal to 1048576"),
         ("targets = 2", "targets = 200", CorpusError, "task 'books': no user has the 200 targets"),
     ],
 )
@@ -228,7 +237,7 @@ def test_bad_logs(tiny_corpus):
     before = left(root)
 
     logs.write_text("who,where,what,when\n")
-    with pytest.raises(CorpusError, match="its source has no logs"):
+    with pytest.raises(CorpusError, match=r"logs\.csv: no rows"):
         prepare(path, root)
     logs.write_text("who,where,what,when\nu1,books,a,1\nu1,beauty,a,1\n")
     with pytest.raises(CorpusError, match=r"no log of service 'garden' .* there: beauty, books"):
@@ -304,6 +313,31 @@ def test_a_full_tmpfs(tiny_corpus, tmp_path):
         assert left(small) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_killed_preparation_is_cleared_away_by_the_next(tiny_corpus):
+    root = tiny_corpus()
+    edited(root, "vocab_size = 320", "vocab_size = 321")
+    program = textwrap.dedent(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        from scaling.data.prepare import prepare
+        def kill(stage, done, total):
+            if stage == "items":
+                os.kill(os.getpid(), signal.SIGKILL)
+        prepare(Path(sys.argv[1]) / "tiny.toml", Path(sys.argv[1]), progress=kill)
+        """
+    )
+    before = left(root)
+    killed = subprocess.run([sys.executable, "-c", program, str(root)], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(left(root)) == len(before) + 1
+    with scratch_folder(root / "corpora") as alive:  # clears the killed one's away
+        assert left(root) == sorted([*before, alive.name])
+        made = prepare(root / "tiny.toml", root)
+        assert left(root) == sorted({*before, alive.name, made.name})
+    assert left(root) == sorted({*before, made.name})
 
 
 def test_an_error_of_the_database_is_told(tiny_corpus, monkeypatch):
