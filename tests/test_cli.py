@@ -10,12 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TinyCorpus
 from typer.testing import CliRunner, Result
 
 import scaling
@@ -66,7 +65,7 @@ def refused(*words: object) -> str:
 
 
 @pytest.fixture
-def study(tiny_corpus: TinyCorpus) -> Path:
+def study(tiny_corpus: Callable[..., Path]) -> Path:
     """Root folder with a prepared corpus, a sweep of three runs and a local cluster profile."""
     root = tiny_corpus(users=64)
     (root / "study.toml").write_text(SWEEP)
@@ -235,6 +234,36 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, study: Path)
     assert isinstance(result.exception, KeyError)
 
 
+def test_a_file_where_a_folder_should_be_needs_no_traceback(study: Path) -> None:
+    (study / "afile").write_text("")
+    words = ["collect", study / "study.toml", "--root", study, "--results", study / "afile"]
+    assert "afile" in refused(*words)
+    (study / "results").mkdir()
+    (study / "results" / "study").write_text("")
+    assert "File exists" in refused(*words[:-1], study / "results")
+
+
+@pytest.mark.parametrize("module", ["scaling.cli.corpora", "typer"])
+def test_ctrl_c_while_python_starts_is_status_130_too(tmp_path: Path, module: str) -> None:
+    code = f"""
+import sys
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupting())
+from scaling.cli import main
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_a_number_beyond_any_float_is_refused(study: Path) -> None:
+    (study / "study.toml").write_text(SWEEP.replace("steps = 20", f"steps = {10**22}"))
+    said = refused("plan", study / "study.toml", "--root", study)
+    assert f"steps = {10**22}: Input should be less than or equal to {2**53}" in said
+
+
 def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch, study: Path) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -355,6 +384,49 @@ def test_what_nobody_submitted_is_planned(study: Path) -> None:
     assert "3 runs: 3 PLANNED" in call("status", study / "study.toml", "--root", study).stdout
 
 
+def test_a_torn_specification_damages_one_run(study: Path) -> None:
+    words = (study / "study.toml", "--root", study)
+    rows = json.loads(call("plan", *words, "--json").stdout)
+    grid = Grid.read(study / "study.toml")
+    for planned in grid.runs(read_card(grid.corpus, study)):
+        assert planned.config is not None
+        RunDir.create(study, planned.config, "tiny")
+    torn = RunDir(study, rows[1]["run_key"]).path / "spec.json"
+    torn.write_bytes(torn.read_bytes()[:100])
+    result = call("status", *words, "--json")
+    assert result.exit_code == 0, result.output
+    states = json.loads(result.stdout)
+    assert [(r["state"], r["cause"]) for r in states] == [
+        ("PLANNED", None), ("FAILED", "damaged"), ("PLANNED", None)
+    ]  # fmt: skip
+    assert str(torn) in states[1]["evidence"]
+    assert [r["steps"] for r in states] == [20] * 3
+    assert "2 PLANNED, 1 FAILED" in call("status", *words).stdout
+
+
+def test_status_rows_have_the_documented_columns(study: Path) -> None:
+    grid = Grid.read(study / "study.toml")
+    [first, *_] = grid.runs(read_card(grid.corpus, study))
+    assert first.config is not None
+    RunDir.create(study, first.config, "tiny")
+    rows = json.loads(call("status", study / "study.toml", "--root", study, "--json").stdout)
+    section = (ROOT / "docs" / "formats.md").read_text().split("### Status rows")[1].split("\n#")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    documented = {name.strip().strip("`") for one in cells for name in one.split(",")}
+    for row in rows:
+        assert set(row) == documented
+
+
+def test_a_dry_run_says_that_the_scheduler_does_not_answer(
+    study: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    (study / "slurm.toml").write_text('name = "there"\nexecutor = "slurm"\n')
+    words = ["--cluster", study / "slurm.toml", "--root", study, "--dry-run"]
+    said = refused("submit", study / "study.toml", *words)
+    assert "nothing submitted: scontrol: not found on this machine" in said
+
+
 def test_collect_counts_what_is_not_there(study: Path) -> None:
     where = ["--root", study, "--results", study / "results"]
     result = call("collect", study / "study.toml", *where)
@@ -441,7 +513,7 @@ def test_doctor_has_a_word_on_every_question(study: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_way(tiny_corpus: TinyCorpus) -> None:
+def test_the_whole_way(tiny_corpus: Callable[..., Path]) -> None:
     root = tiny_corpus(users=200)
     sweep, where = root / "study.toml", ["--root", root, "--results", root / "results"]
     sweep.write_text(SWEEP)

@@ -6,7 +6,13 @@ module here imports torch. An error meant for people (``ClueError``) is one para
 exit status 2; Ctrl-C is exit status 130.
 """
 
-from scaling.cli import corpora, runs, studies, sweeps  # noqa: F401  (they register their verbs)
-from scaling.cli.app import app, main
+import sys
+
+try:  # Ctrl-C in the first tenths of a second finds Python here
+    from scaling.cli import corpora, runs, studies, sweeps  # noqa: F401  (they register their verbs)
+    from scaling.cli.app import app, main
+except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    raise SystemExit(130) from None
 
 __all__ = ["app", "main"]

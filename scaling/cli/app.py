@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from scaling.rundir import RunDir
     from scaling.sweeps import Grid, PlannedRun
 
-PLAIN_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR)
-"""Errors of the operating system that need no traceback: a full disk, a missing permission."""
+PLAIN_FAULTS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR,
+    errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+)  # fmt: skip
+"""Errors of the operating system that need no traceback: a full disk, a missing permission, a file
+where a folder should be."""
 
 
 VERBS = (
@@ -33,6 +37,13 @@ class Verbs(TyperGroup):
         """Names of the verbs, in the order of the work."""
         return sorted(super().list_commands(ctx), key=(*VERBS, "info", "verify", "floor").index)
 
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Read the arguments; exit status 130 after Ctrl-C, as everywhere."""
+        try:
+            return super().make_context(*args, **options)
+        except KeyboardInterrupt:
+            raise _interrupted() from None
+
     def invoke(self, ctx: Any) -> Any:
         """Run the verb; exit status 2 after an error, 130 after Ctrl-C."""
         try:
@@ -46,8 +57,12 @@ class Verbs(TyperGroup):
             typer.echo(f"error: {e.filename or 'writing'}: {e.strerror}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.echo("interrupted", err=True)
-            raise typer.Exit(130) from None
+            raise _interrupted() from None
+
+
+def _interrupted() -> typer.Exit:
+    typer.echo("interrupted", err=True)
+    return typer.Exit(130)
 
 
 app = typer.Typer(

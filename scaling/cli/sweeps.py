@@ -103,7 +103,7 @@ def submit(
         rows = driver.submit(
             root, known, profile, sweep=identity, dry_run=True, retry_failed=retry_failed
         )
-        rows = [row for row in _with_new(rows, planned) if row["action"]]
+        rows = [row for row in _with_new(rows, planned) if row.get("action", "submit")]
         print_table(rows, ["run_key", "state", "attempts", "step", "steps"])
         typer.echo(f"would submit {len(rows)} of {len(planned)} runs")
         return
@@ -111,6 +111,7 @@ def submit(
     runs = [RunDir.create(root, config, card.name) for config in configs]
     rows = driver.submit(root, runs, profile, sweep=identity, retry_failed=retry_failed)
     typer.echo(_tally(rows))
+    _tell_stale(rows)
     if watch:
         driver.sync(root, runs, profile, sweep=identity, watch=True, report=_tell_changes())
 
@@ -165,10 +166,7 @@ def status(sweep: SweepFile, root: Root = WORK, as_json: Json = False) -> None:
     else:
         print_table(rows, STATUS_SHOWN, drop=STATUS_DROPPED)
         typer.echo(_tally(rows))
-    stale = sorted({r["stale"] for r in rows if r["stale"]})
-    for why in stale:
-        typer.echo(f"last known states: {why}", err=True)
-    if stale:
+    if _tell_stale(rows):
         raise typer.Exit(3)
 
 
@@ -215,16 +213,21 @@ def _with_new(rows: Rows, planned: "Sequence[PlannedRun]") -> list[dict[str, Any
     found = {row["run_key"]: dict(row) for row in rows}
     missing = dict.fromkeys((*STATUS_SHOWN, "progress_age_s", "evidence", "stale"))
     new = {"state": "PLANNED", "attempts": 0, "step": 0, "held": False, "over": False}
-    return [
-        found.get(p.row["run_key"])
-        or {**missing, **new, "action": "submit"} | {k: p.row[k] for k in ("run_key", "steps")}
-        for p in planned
-    ]
+    named = [{name: p.row[name] for name in ("run_key", "steps")} for p in planned]
+    return [{**found.get(row["run_key"], missing | new), **row} for row in named]
 
 
 def _tally(rows: Rows) -> str:
     counts = Counter(row["state"] for row in rows)
     return f"{len(rows)} runs: " + ", ".join(f"{n} {state}" for state, n in counts.items())
+
+
+def _tell_stale(rows: Rows) -> bool:
+    """Say why states are only the last known, where some are."""
+    stale = sorted({r["stale"] for r in rows if r["stale"]})
+    for why in stale:
+        typer.echo(f"last known states: {why}", err=True)
+    return bool(stale)
 
 
 def _tell_changes() -> Callable[[Rows], None]:

@@ -140,6 +140,8 @@ class Facts:
     attempts: tuple[Attempt, ...] = ()
     damage: str = ""
     """What is wrong with the records, where they cannot be read."""
+    steps: int | None = None
+    """Steps of the run; None if its specification cannot be read."""
 
 
 @dataclass(frozen=True)

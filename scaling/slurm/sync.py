@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from scaling import ClueError
-from scaling.config import RunConfig
 from scaling.rundir import RunDir
 from scaling.slurm.profile import ClusterProfile, safe_root
 from scaling.slurm.scheduler import look
 from scaling.slurm.state import DEFAULT_RULES, Facts, Rules, Snapshot, State, Verdict, derive
-from scaling.slurm.submission import Candidate, Submitted, Unreachable, start_attempts
+from scaling.slurm.submission import (
+    Candidate,
+    Submitted,
+    Unreachable,
+    array_size,
+    start_attempts,
+)
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -62,6 +67,8 @@ def submit(
         profile.shape_of(config)
     for digest in sorted({c.data.corpus_digest for c in configs}):
         Corpus.find(root, digest)
+    if dry_run and profile.executor == "slurm":
+        array_size(profile)  # asks the cluster, as a submission would
     return _pass(root, runs, profile, sweep, dry_run, retry_failed)
 
 
@@ -115,7 +122,7 @@ def status(runs: Sequence[RunDir], rules: Rules = DEFAULT_RULES) -> list[Row]:
         failure, ``held``, ``stale`` (why the state is only the last one known, or None), ``over``.
     """
     _, derived = survey(runs, rules)
-    return [_row(run, run.spec(), facts, verdict) for run, facts, verdict in derived]
+    return [_row(run, facts, verdict) for run, facts, verdict in derived]
 
 
 def survey(
@@ -140,7 +147,9 @@ def survey(
 
 def read_facts(run: RunDir) -> Facts:
     """What the run's folder says; damage is reported in it, not raised."""
+    steps = None
     try:
+        steps = run.spec().steps
         result = run.result()
         attempts = tuple(run.attempts())
         for attempt in attempts:
@@ -149,10 +158,10 @@ def read_facts(run: RunDir) -> Facts:
         if result is not None and result.get("status") not in ("done", "diverged"):
             raise ClueError(f"{run.path / 'result.json'}: status {result.get('status')!r}")
     except ClueError as e:
-        return Facts(run.run_key, damage=str(e))
+        return Facts(run.run_key, damage=str(e), steps=steps)
     committed = [int(p.parent.name[5:]) for p in run.path.glob("ckpt/step-[0-9]*/COMMITTED")]
     status = None if result is None else str(result["status"])
-    return Facts(run.run_key, status, max(committed, default=0), attempts)
+    return Facts(run.run_key, status, max(committed, default=0), attempts, steps=steps)
 
 
 def _pass(
@@ -172,6 +181,8 @@ def _pass(
         if _wanted(verdict, retry_failed)
     ]
     if not snapshot.answered:
+        if dry_run:
+            raise Unreachable(f"nothing submitted: {snapshot.note}")
         wanted = []  # an unknown state changes nothing: it must not hide a job that runs
     if profile.executor == "local":
         busy = sum(v.state in (State.QUEUED, State.RUNNING) for _, _, v in derived)
@@ -184,7 +195,7 @@ def _pass(
     for run, facts, verdict in derived:
         if (started := new.get(run.run_key)) is not None:
             verdict = Verdict(State.QUEUED, started.attempt, started.job_id)
-        row = _row(run, run.spec(), facts, verdict)
+        row = _row(run, facts, verdict)
         row["action"] = "submit" if run.run_key in (chosen if dry_run else new) else None
         rows.append(row)
     return rows
@@ -195,7 +206,7 @@ def _wanted(verdict: Verdict, retry_failed: bool) -> bool:
     return verdict.start or (retry_failed and again and verdict.cause != "damaged")
 
 
-def _row(run: RunDir, config: RunConfig, facts: Facts, verdict: Verdict) -> Row:
+def _row(run: RunDir, facts: Facts, verdict: Verdict) -> Row:
     step, loss, train_loss, age = _progress(run)
     return {
         "run_key": run.run_key,
@@ -204,7 +215,7 @@ def _row(run: RunDir, config: RunConfig, facts: Facts, verdict: Verdict) -> Row:
         "job_id": verdict.job_id,
         "attempts": verdict.attempt,
         "step": step,
-        "steps": config.steps,
+        "steps": facts.steps,
         "loss": loss,
         "train_loss": train_loss,
         "progress_age_s": age,
