@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -157,7 +159,8 @@ def test_an_unknown_key_is_named_with_the_valid_ones(study: Path) -> None:
 
 def test_an_unprepared_corpus_says_how_to_prepare_it(study: Path, tmp_path: Path) -> None:
     said = refused("plan", study / "study.toml", "--root", tmp_path / "empty")
-    assert f"clue-scaling prepare {study / 'tiny.toml'}" in said
+    root = tmp_path / "empty"
+    assert f"clue-scaling prepare {study / 'tiny.toml'} --root {root}\n" in said
     assert not (tmp_path / "empty").exists()
 
 
@@ -204,7 +207,14 @@ def test_figures_before_collect_and_fit_say_what_is_missing(study: Path) -> None
     where = ["--results", study / "results"]
     assert "clue-scaling collect" in refused("figures", study / "study.toml", *where)
     assert call("collect", study / "study.toml", "--root", study, *where).exit_code == 0
-    assert "clue-scaling fit" in refused("figures", study / "study.toml", *where)
+    for verb in ("fit", "figures"):
+        assert "none of its 3 runs is done yet" in refused(verb, study / "study.toml", *where)
+    path = study / "results" / "study" / "runs.parquet"
+    runs = pq.read_table(path)
+    column = runs.schema.get_field_index("loss")
+    pq.write_table(runs.set_column(column, runs.field(column), pa.array([1.0, 2.0, 3.0])), path)
+    said = refused("figures", study / "study.toml", *where)
+    assert f"clue-scaling fit {study / 'study.toml'} --results {study / 'results'}" in said
 
 
 @pytest.mark.parametrize(
@@ -235,12 +245,18 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, study: Path)
 
 
 def test_a_file_where_a_folder_should_be_needs_no_traceback(study: Path) -> None:
-    (study / "afile").write_text("")
-    words = ["collect", study / "study.toml", "--root", study, "--results", study / "afile"]
-    assert "afile" in refused(*words)
+    sweep = study / "study.toml"
+    for words in (["plan", sweep, "--root"], ["status", sweep, "--root"],
+                  ["doctor", study / "local.toml", "--root"],
+                  ["collect", sweep, "--root", study, "--results"]):  # fmt: skip
+        result = call(*words, sweep)
+        assert result.exit_code == 2
+        assert f"'{sweep}' is a file" in result.stderr.replace("\n", "")
     (study / "results").mkdir()
     (study / "results" / "study").write_text("")
-    assert "File exists" in refused(*words[:-1], study / "results")
+    words = ["collect", sweep, "--root", study, "--results"]
+    assert "File exists" in refused(*words, study / "results")
+    assert "Not a directory" in refused(*words, study / "results" / "study" / "deeper")
 
 
 @pytest.mark.parametrize("module", ["scaling.cli.corpora", "typer"])

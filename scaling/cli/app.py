@@ -73,11 +73,15 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-Root = Annotated[Path, typer.Option("--root", envvar="CLUE_ROOT", help="Root of all state.")]
+Root = Annotated[
+    Path, typer.Option("--root", envvar="CLUE_ROOT", file_okay=False, help="Root of all state.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SweepFile = Annotated[Path, typer.Argument(help="Sweep file (TOML).")]
 Cluster = Annotated[Path, typer.Option("--cluster", help="Cluster profile (TOML).")]
-Results = Annotated[Path, typer.Option("--results", help="Folder of all result tables.")]
+Results = Annotated[
+    Path, typer.Option("--results", file_okay=False, help="Folder of all result tables.")
+]
 WORK = Path("work")
 RESULTS = Path("results")
 
@@ -142,6 +146,6 @@ def submitted_runs(
     if not runs:
         raise ClueError(
             f"{sweep}: none of its {len(planned)} runs was submitted below {root}; run: "
-            f"clue-scaling submit {sweep} --cluster CLUSTER.toml"
+            f"clue-scaling submit {sweep} --cluster CLUSTER.toml --root {root}"
         )
     return runs

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from scaling import ClueError
 from scaling.cli.app import RESULTS, WORK, Json, Results, Root, SweepFile, app
 from scaling.cli.terminal import cell, print_json, print_table
+
+if TYPE_CHECKING:
+    from scaling.results import Tables
 
 Table = Annotated[
     Path, typer.Argument(help="Sweep file, folder of its tables, or any Parquet or CSV table.")
@@ -46,10 +49,9 @@ def fit(
             _print_law(law)
         return
     from scaling.analysis.report import study, write_study
-    from scaling.results import load
 
     folder = _tables(table, results)
-    fits = study(load(folder), n_boot=n_boot, seed=seed)
+    fits = study(_load(folder), n_boot=n_boot, seed=seed)
     path = write_study(fits, folder)
     if as_json:
         print_json(fits)
@@ -68,14 +70,14 @@ def figures(sweep: SweepFile, results: Results = RESULTS) -> None:
     """
     from scaling.analysis.figures import draw
     from scaling.files import RecordError, read_json
-    from scaling.results import load
 
     folder = _tables(sweep, results)
-    tables = load(folder)
+    tables = _load(folder)
     try:
         fits = read_json(folder / "fits.json")
     except RecordError as e:
-        raise ClueError(f"{e}; `clue-scaling fit {sweep}` writes it") from None
+        where = "" if sweep.is_dir() else f" --results {results}"
+        raise ClueError(f"{e}; `clue-scaling fit {sweep}{where}` writes it") from None
     for path in draw(tables, fits, folder / "figures"):
         typer.echo(path)
 
@@ -133,6 +135,18 @@ def _tables(table: Path, results: Path) -> Path:
             f"{' or '.join(TABLES)} table)"
         )
     return table
+
+
+def _load(folder: Path) -> "Tables":
+    """Tables of a sweep with at least one loss."""
+    from scaling.results import load
+
+    tables = load(folder)
+    if not tables.runs["loss"].notna().any():
+        raise ClueError(
+            f"{folder}: none of its {len(tables.runs)} runs is done yet; collect again when one is"
+        )
+    return tables
 
 
 def _fit_table(path: Path, x: str, y: str, n_boot: int, seed: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ corpus is there or not. Its digest is that of its content.
 """
 
 import contextlib
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def read_card(corpus_file: Path, root: Path) -> CorpusCard:
     corpus = find_prepared(root, corpus_file)
     if corpus is None:
         raise CorpusError(
-            f"{corpus_file}: not prepared below {root}; run: clue-scaling prepare {corpus_file}"
+            f"{corpus_file}: not prepared below {root}; run: "
+            + shlex.join(["clue-scaling", "prepare", str(corpus_file), "--root", str(root)])
         )
     return corpus.card
 
