@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from scaling.config import (
     PAPER_VOCABULARY,
@@ -144,6 +144,7 @@ class Grid(Frozen):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     sizes: dict[str, ModelConfig] = Field(default_factory=dict)
     """Named sizes at the paper's vocabulary; ``read`` adds those of ``models.toml``."""
+    _file: str = PrivateAttr("")
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -158,7 +159,8 @@ class Grid(Frozen):
         grid = grid.model_copy(
             update={"corpus": path.parent / grid.corpus, "sizes": {**sizes, **grid.sizes}}
         )
-        grid._points(str(path))
+        grid._file = str(path)
+        grid._points()
         return grid
 
     def runs(self, card: CorpusCard) -> list[PlannedRun]:
@@ -169,9 +171,9 @@ class Grid(Frozen):
                 than the paper's, or a batch is larger than the users of its fraction.
         """
         runs: dict[str, PlannedRun] = {}
-        for point in self._points(self.name):
+        for where, point in self._points():
             for seed in self.seeds:
-                config = self._config(point, seed, card)
+                config = self._config(point, seed, card, where)
                 if config.run_key not in runs:
                     row = plan_row(self.name, config, card, self.sizes)
                     nominal = card.digest is None
@@ -180,7 +182,7 @@ class Grid(Frozen):
 
     def to_toml(self) -> str:
         """The sweep as TOML, complete in itself: with its sizes, without comments."""
-        used = {str(p.get("model")) for p in self._points(self.name)}
+        used = {str(p.get("model")) for _, p in self._points()}
         grid = self.model_copy(
             update={
                 "corpus": self.corpus.absolute(),
@@ -190,8 +192,12 @@ class Grid(Frozen):
         settings = grid.model_dump(mode="json", exclude_defaults=True)
         return "".join(f"{key} = {_toml(value)}\n" for key, value in settings.items())
 
-    def _points(self, where: str) -> list[Point]:
-        """Settings of all points, seeds apart; every key is checked before any is used."""
+    def _points(self) -> list[tuple[str, Point]]:
+        """Settings of all points, seeds apart, each with its place for messages.
+
+        Every key is checked before any is used.
+        """
+        where = self._file or self.name
         base = _flat(self.base, f"{where}: base")
         grid = _flat(self.grid, f"{where}: grid")
         rows = [_flat(r, f"{where}: zip.rows[{i}]") for i, r in enumerate(self.zip.rows)] or [{}]
@@ -201,21 +207,25 @@ class Grid(Frozen):
             for i, row in enumerate(rows):
                 if key in row:
                     raise SweepError(f"{where}: {key!r} is in grid and in zip.rows[{i}]")
-        return [
-            {**base, **row, **dict(zip(grid, values, strict=True))}
-            for row in rows
-            for values in itertools.product(*grid.values())
-        ]
+        points = []
+        for i, row in enumerate(rows):
+            for values in itertools.product(*grid.values()):
+                crossed = dict(zip(grid, values, strict=True))
+                place = [f"zip.rows[{i}]"] if self.zip.rows else []
+                place += [f"grid with {_describe(crossed)}"] if crossed else []
+                points.append(
+                    (f"{where}: {', '.join(place) or 'base'}", {**base, **row, **crossed})
+                )
+        return points
 
-    def _config(self, point: Point, seed: int, card: CorpusCard) -> RunConfig:
-        where = f"{self.name}: {_describe(point)}"
+    def _config(self, point: Point, seed: int, card: CorpusCard, where: str) -> RunConfig:
         for key in ("model", "batch_size"):
             if key not in point:
                 raise SweepError(f"{where}: no {key!r} in base, grid or zip.rows")
         model = self._model(point["model"], card, where)
         if "dropout" in point:
             model = ModelConfig.parse({**model.model_dump(), "dropout": point["dropout"]}, where)
-        config = RunConfig.parse(
+        config = _parse_run(
             {
                 "model": model,
                 "data": {
@@ -233,6 +243,7 @@ class Grid(Frozen):
                 "seed": seed,
             },
             where,
+            point,
         )
         n_users = card.fraction_users(config.data.data_fraction)
         if config.batch_size > n_users:
@@ -405,8 +416,19 @@ def _flat(settings: Mapping[str, Any], where: str) -> Point:
     return flat
 
 
+def _parse_run(data: Any, where: str, point: Point) -> RunConfig:
+    """As ``RunConfig.parse``, but of the settings that the point has, under their names there."""
+    try:
+        return RunConfig.parse(data, where)
+    except ConfigError as e:
+        problems = [p.removeprefix(f"{where}: ") for p in str(e).splitlines()]
+    if "negatives" not in point:  # it repeats what is wrong with batch_size
+        problems = [p for p in problems if not p.startswith("negatives = ")]
+    raise SweepError("\n".join(f"{where}: {p.removeprefix('data.')}" for p in problems))
+
+
 def _describe(point: Point) -> str:
-    return ", ".join(f"{k} = {v}" for k, v in point.items() if not isinstance(v, dict | list))
+    return ", ".join(f"{k} = {v!r}" for k, v in point.items())
 
 
 def _toml(value: Any) -> str:

@@ -322,6 +322,15 @@ def test_a_wrong_point_is_refused_when_planned(base: dict[str, Any], message: st
     assert str(e.value).startswith("test: ")
 
 
+def test_a_wrong_point_names_file_row_and_grid_once(tmp_path: Path) -> None:
+    rows = "[[zip.rows]]\nbatch_size = 8\n[[zip.rows]]\nbatch_size = 8.5\n"
+    path = written(tmp_path, f'[base]\nsteps = 20\n[grid]\nmodel = ["1x16"]\n{rows}')
+    with pytest.raises(ConfigError) as e:
+        Grid.read(path).runs(card())
+    place = f"{path}: zip.rows[1], grid with model = '1x16': "
+    assert str(e.value) == f"{place}batch_size = 8.5: Input should be a valid integer"
+
+
 def test_unknown_sizes_name_those_there_are() -> None:
     sizes = load_sizes(SWEEPS / "models.toml")
     with pytest.raises(SweepError, match=r"clue-5m.*\(clue-4m, clue-8m, .*single-235m\)"):
