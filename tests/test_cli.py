@@ -91,6 +91,14 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
     assert words[: 1 + len(verb.split())] == ["clue-scaling", *verb.split()]
 
 
+def test_help_says_what_an_argument_may_be() -> None:
+    def said(verb: str) -> str:
+        return " ".join(call(verb, "--help").output.split())
+
+    assert "first letters, or a sweep file" in said("transfer")
+    assert "must be prepared first" in said("plan")
+
+
 def test_the_verbs_are_listed_in_the_order_of_the_work() -> None:
     result = call("--help")
     lines = result.output.split("Commands:\n")[1].splitlines()

@@ -20,15 +20,17 @@ RunKey = Annotated[str, typer.Argument(help="Run key, or its first letters.")]
 def logs(
     run: RunKey,
     root: Root = WORK,
-    attempt: Annotated[int | None, typer.Option(help="Attempt; default: the newest.")] = None,
-    rank: Annotated[int, typer.Option(help="Rank.")] = 0,
-    lines: Annotated[int, typer.Option(help="Last lines of each file.")] = 50,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, help="Attempt; default: the newest.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=0, help="Rank.")] = 0,
+    lines: Annotated[int, typer.Option(min=1, help="Last lines of each file.")] = 50,
 ) -> None:
     """Print what a run's job printed.
 
     \b
     Example:
-        clue-scaling logs k3vq --lines 20
+        clue-scaling logs <RUN> --lines 20
     """
     from scaling.rundir import RunDir
     from scaling.slurm.logs import log_files, tail
@@ -56,7 +58,7 @@ def train(
 
     \b
     Example:
-        clue-scaling train k3vq --sweep sweeps/demo.toml
+        clue-scaling train <RUN> --sweep sweeps/demo.toml
     """
     from scaling.config import TrainSettings
     from scaling.data.corpus import Corpus
@@ -83,7 +85,7 @@ def train(
 
 @app.command()
 def transfer(
-    run: RunKey,
+    run: Annotated[str, typer.Argument(help="Run key, its first letters, or a sweep file.")],
     root: Root = WORK,
     task: Annotated[list[str] | None, typer.Option(help="Task; default: all.")] = None,
     folds: Annotated[int, typer.Option(help="Folds of the users: 2, 5 or 10.")] = 5,
@@ -93,7 +95,7 @@ def transfer(
 ) -> None:
     """Evaluate a run's frozen encoder on downstream tasks.
 
-    RUN may be a sweep file, for all of its runs that are done.
+    Of a sweep file, all runs that are done.
 
     \b
     Example:

@@ -39,7 +39,7 @@ def fit(
     \b
     Example:
         clue-scaling fit sweeps/demo.toml
-        clue-scaling fit results/demo/runs.parquet --x pf_days_exact --y loss
+        clue-scaling fit <TABLE>.csv --x pf_days --y loss
     """
     if table.suffix in TABLES:
         law = _fit_table(table, x, y, n_boot, seed)

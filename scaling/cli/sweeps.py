@@ -47,7 +47,8 @@ def plan(sweep: SweepFile, root: Root = WORK, as_json: Json = False) -> None:
     """Say what a sweep would train and cost; write nothing.
 
     One row a run: parameters, users, epochs, FLOPs and PF-days by the paper's formula and counted
-    exactly. items_per_user is the cap, items_per_user_mean what the logs realise under it.
+    exactly. items_per_user is the cap, items_per_user_mean what the logs realise under it. A corpus
+    with logs must be prepared first; a nominal one is planned from its statistics.
 
     \b
     Example:
