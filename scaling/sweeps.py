@@ -100,7 +100,7 @@ POINT_KEYS = (
 )
 """Keys that ``[base]``, ``[grid]`` and ``[[zip.rows]]`` may set."""
 
-SHAPE = re.compile(r"(?P<single>single-)?(?P<layers>\d+)x(?P<d_model>\d+)")
+SHAPE = re.compile(r"(?P<single>single-)?(?P<layers>\d{1,6})x(?P<d_model>\d{1,6})")
 NOMINAL_DIGEST = "0" * 16  # stands in for a nominal corpus while its points are validated
 
 Point = dict[str, Any]

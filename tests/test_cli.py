@@ -221,6 +221,12 @@ def test_figures_before_collect_and_fit_say_what_is_missing(study: Path) -> None
     runs = pq.read_table(path)
     column = runs.schema.get_field_index("loss")
     pq.write_table(runs.set_column(column, runs.field(column), pa.array([1.0, 2.0, 3.0])), path)
+    losses = pa.array([1.0, None, None])
+    pq.write_table(runs.set_column(column, runs.field(column), losses), path)
+    said = call("fit", study / "study.toml", *where, "--n-boot", 10).stdout
+    assert said.count("no law could be fitted: ") == 1
+    assert len(said.splitlines()) == 4
+    (study / "results" / "study" / "fits.json").unlink()
     said = refused("figures", study / "study.toml", *where)
     assert f"clue-scaling fit {study / 'study.toml'} --results {study / 'results'}" in said
 

@@ -303,6 +303,7 @@ def test_names_are_safe_in_paths(tmp_path: Path, name: str) -> None:
         ({"batch_size": 8}, "no 'model' in base, grid or zip.rows"),
         ({"model": "1x16"}, "no 'batch_size' in base, grid or zip.rows"),
         ({"model": "8by64", "batch_size": 8}, "model = '8by64' is neither a shape such as '8x64'"),
+        ({"model": "1x1000000000000037", "batch_size": 8}, "is neither a shape such as"),
         ({"model": "clue-5m", "batch_size": 8}, "(none, for there is no models.toml beside"),
         ({"model": 3, "batch_size": 8}, "model = 3 is neither"),
         ({"model": "8x100", "batch_size": 8, "dropout": 1}, "dropout = 1: "),

@@ -266,7 +266,7 @@ def _check_enough(
                 f"{name} is {np.exp(log_x[0, k]):.6g} in every row: no exponent of it can be fitted"
             )
     if points <= n_free:
-        left_out = "".join(f"; {count} rows left out: {rule}" for rule, count in dropped.items())
+        left_out = "".join(f"; {n} rows left out: {rule}" for rule, n in dropped.items() if n)
         raise FitError(
             f"a law with {n_free} parameters in {', '.join(factors)} needs at least "
             f"{n_free + 1} distinct points, the table has {points}{left_out}"

@@ -27,7 +27,9 @@ def fit(
     results: Results = RESULTS,
     x: Annotated[str, typer.Option(help="Column of a Parquet or CSV table.")] = "pf_days",
     y: Annotated[str, typer.Option(help="Column of a Parquet or CSV table.")] = "loss",
-    n_boot: Annotated[int, typer.Option(min=0, help="Bootstrap draws; 0: no interval.")] = 1000,
+    n_boot: Annotated[
+        int, typer.Option(min=0, max=100_000, help="Bootstrap draws; 0: no interval.")
+    ] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of starts and bootstrap.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -194,16 +196,21 @@ def _print_study(fits: Mapping[str, Any]) -> None:
     dropped = ", ".join(f"{d['count']} {d['rule']}" for d in rows["dropped"]) or "none"
     typer.echo(f"{rows['used']} of {rows['table']} runs fitted; dropped: {dropped}\n")
     compute = fits["compute"]
+    records = [compute["headline"], *compute["alternatives"]]
+    if all(record["fit"] is None for record in records):
+        typer.echo(f"no law could be fitted: {compute['headline']['failed']}")
+        return
     laws = []
-    for record in [compute["headline"], *compute["alternatives"]]:
+    for record in records:
         law = record["fit"]
         row = {k: record[k] for k in ("x", "y", "points", "floor", "delta")}
         if law is not None:
-            lower, upper = (law["ci95"] or {}).get("exponent", (None, None))
+            intervals = law["ci95"] if law["status"] == "CONVERGED" else None
+            lower, upper = (intervals or {}).get("exponent", (None, None))
             row |= {"exponent": law["params"]["exponent"], "lower": lower, "upper": upper}
         laws.append(row | {"status": law["status"] if law else record["failed"]})
-    shown = [k for k in laws[0] if k != "status"] + ["status"]
-    print_table(laws, shown, drop=("status", "floor", "delta", "points"))
+    shown = ("x", "y", "points", "floor", "delta", "exponent", "lower", "upper", "status")
+    print_table(laws, shown, drop=("delta", "points", "floor", "status"))
     conclusion = compute["conclusion"]
     typer.echo(f"\nconclusion: {'holds' if conclusion['holds'] else 'none'}")
     for reason in conclusion["against"]:
