@@ -185,7 +185,7 @@ def test_a_run_killed_anywhere_continues_bit_for_bit(undisturbed, corpus, tmp_pa
             assert process.poll() is None, process.communicate()[0].decode()
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
         assert run.result() is None
     finish(spawn(run, corpus))
     assert len(run.generations()) == 4
