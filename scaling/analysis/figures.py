@@ -93,11 +93,7 @@ def loss_vs_compute(
             ax.axhline(value, color="0.45", linestyle="--", linewidth=1, label="chance (ln pool)")
     if floor is not None:
         ax.axhline(floor, color="0.45", linestyle="-.", linewidth=1, label="floor of the world")
-    _log_log(ax)
-    ax.set_xlabel(LABELS.get(x, x))
-    ax.set_ylabel(LABELS.get(y, y))
-    _legend(ax)
-    return ax
+    return _log_log(ax, x, y)
 
 
 def transfer_vs_pretraining(
@@ -161,22 +157,15 @@ def law_and_points(
     x, y = points.columns[:2]
     ax.plot(points[x], points[y], "o", color="C0", label="fitted points")
     _law(ax, fit, x, extend)
-    _log_log(ax)
-    ax.set_xlabel(LABELS.get(x, x))
-    ax.set_ylabel(LABELS.get(y, y))
-    _legend(ax)
-    return ax
+    return _log_log(ax, x, y)
 
 
-def draw(
-    tables: Tables, fits: Mapping[str, Any], out: Path, *, floor: float | None = None
-) -> list[Path]:
+def draw(tables: Tables, fits: Mapping[str, Any], out: Path) -> list[Path]:
     """Write all figures of a study as PNG and SVG.
 
     Args:
         fits: content of ``fits.json`` (``scaling.analysis.report.study``).
         out: folder of the figures, ``results/<sweep>/figures``.
-        floor: loss that no model can beat, where the world states one. [nats]
 
     Returns:
         Paths of the files written; a figure without data is not drawn.
@@ -184,9 +173,7 @@ def draw(
     figures: dict[str, Callable[[], Axes]] = {}
     if tables.runs["loss"].notna().any():
         law = fits.get("compute", {}).get("headline", {}).get("fit")
-        figures["loss_vs_compute"] = lambda: loss_vs_compute(
-            tables.runs, law, floor=floor, extend=3.0
-        )
+        figures["loss_vs_compute"] = lambda: loss_vs_compute(tables.runs, law, extend=3.0)
     if len(tables.transfer):
         figures["transfer_vs_pretraining"] = lambda: transfer_vs_pretraining(
             tables.transfer, tables.runs
@@ -249,8 +236,8 @@ def _scatter_by(ax: Axes, runs: pd.DataFrame, x: str, y: str, hue: str) -> None:
         )  # fmt: skip
 
 
-def _log_log(ax: Axes) -> None:
-    """Logarithmic axes; plain numbers on y, whose range is often less than a decade."""
+def _log_log(ax: Axes, x: str, y: str) -> Axes:
+    """Logarithmic axes of two columns, labelled; plain numbers on y, often less than a decade."""
     ax.set_xscale("log")
     ax.set_yscale("log")
     low, high = ax.get_ylim()
@@ -258,6 +245,10 @@ def _log_log(ax: Axes) -> None:
         ax.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    ax.set_xlabel(LABELS.get(x, x))
+    ax.set_ylabel(LABELS.get(y, y))
+    _legend(ax)
+    return ax
 
 
 def _legend(ax: Axes) -> None:

@@ -81,24 +81,22 @@ def committed(run: RunDir) -> list[Path]:
     return sorted(run.path.glob("ckpt/step-" + "[0-9]" * 9))
 
 
-def newest(run: RunDir) -> Checkpoint | None:
-    """The newest whole checkpoint. Damaged ones are named in the log and passed over."""
+def newest(run: RunDir, *, set_aside: bool = False) -> Checkpoint | None:
+    """The newest whole checkpoint. Damaged ones are named in the log and passed over.
+
+    Args:
+        set_aside: rename the damaged ones passed over to ``damaged-*``, so that their steps can be
+            committed again.
+    """
     for path in reversed(committed(run)):
         try:
             return read(path)
         except RecordError as e:
             log.warning("checkpoint passed over: %s", e)
+            if set_aside:
+                beside = len(list(path.parent.iterdir()))
+                path.rename(path.with_name(f"damaged-{path.name}-{beside}"))
     return None
-
-
-def set_aside_damaged(run: RunDir) -> None:
-    """Rename damaged checkpoints to ``damaged-*``, so that their steps can be committed again."""
-    for path in committed(run):
-        try:
-            read(path)
-        except RecordError as e:
-            log.warning("checkpoint set aside: %s", e)
-            path.rename(path.with_name(f"damaged-{path.name}-{len(list(path.parent.iterdir()))}"))
 
 
 def save(

@@ -80,8 +80,7 @@ def train(
     # ---- resume ---------------------------------------------------------------------------------
     step, generation = 0, 0
     if ranks.rank == 0:
-        checkpoint.set_aside_damaged(run)
-        found = checkpoint.newest(run)
+        found = checkpoint.newest(run, set_aside=True)
         step = found.step if found else 0
         generation = run.start_generation(
             {

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scaling import ClueError
+from scaling.data.batches import pack_items
 from scaling.data.corpus import Corpus
 from scaling.data.tasks import Task, make_history_batch
 from scaling.models.clue import ContrastiveEncoder
-from scaling.packing import spans
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -71,11 +71,8 @@ def item_features(model: ContrastiveEncoder, corpus: Corpus, items: Ints) -> Flo
     features = np.zeros((len(items), model.config.d_model), np.float32)
     for start in range(0, len(items), CHUNK_ITEMS):
         chunk = items[start : start + CHUNK_ITEMS]
-        starts = corpus.token_offsets[chunk].astype(np.int64)
-        lengths = corpus.token_offsets[chunk + 1].astype(np.int64) - starts
-        tokens = corpus.tokens[spans(starts, lengths)].astype(np.int64)
-        token_offsets = np.concatenate([[0], np.cumsum(lengths)])
-        embedded = model.encode_items(tokens, token_offsets)
+        batch = pack_items(corpus, [(np.ones_like(chunk), chunk)], distinct=False)
+        embedded = model.encode_items(batch.tokens, batch.token_offsets)
         features[start : start + len(chunk)] = embedded.float().cpu().numpy()
     return features
 
