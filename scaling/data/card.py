@@ -15,11 +15,16 @@ BLOCK = 1 << 22
 
 
 def corpus_card(
-    file: CorpusFile, folder: Path, digest: str, splits: dict[str, int], vocab_size: int
+    file: CorpusFile | CorpusCard,
+    folder: Path,
+    digest: str,
+    splits: dict[str, int],
+    vocab_size: int,
 ) -> CorpusCard:
     """Card of a filled folder.
 
     Args:
+        file: names the corpus and its services of pretraining.
         splits: users of pretraining, validation and pool, in the order of the store.
     """
     lengths = np.diff(load_array(folder / "items/offsets.npy").astype(np.int64))
@@ -47,7 +52,7 @@ def corpus_card(
     )
 
 
-def _pool_digest(file: CorpusFile, folder: Path, splits: dict[str, int]) -> str:
+def _pool_digest(file: CorpusFile | CorpusCard, folder: Path, splits: dict[str, int]) -> str:
     """Digest of the pool: its users' hashes and, per service, their logs as tokens."""
     last = sum(splits[s] for s in SPLITS)
     first = last - splits["pool"]

@@ -12,7 +12,7 @@ The digest names the content that a pretraining run reads: tokenizer, items and 
 digests of their own, so that a task can be added beside trained runs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,11 +20,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling import ClueError
-from scaling.config import CorpusCard, canonical_json, short_digest
+from scaling.config import MAX_TOKENS, CorpusCard, canonical_json, short_digest
 from scaling.files import read_json, sha256
 
 SCHEMA_VERSION = 1
 SPLITS = ("pretraining", "validation", "pool")
+MANIFEST = {
+    "name": str, "digest": str, "services": list, "splits": dict, "steps": list, "files": dict,
+    "tasks": dict, "card": dict,
+}  # fmt: skip
+"""Keys that every manifest has, and what they hold."""
+BLOCK = 1 << 22
+"""Entries of an array looked at together: no array of behaviours is ever whole in memory."""
+
+Reading = Callable[[int, int, str], None]
+"""Told how much is read, of how much, and what: (done, total, name)."""
 
 
 class CorpusError(ClueError):
@@ -114,12 +124,14 @@ class Corpus:
             CorpusError: it is not a whole corpus of this version.
         """
         manifest = read_manifest(Path(path))
+        faults = []
         for name, record in manifest["files"].items():
             file = Path(path) / name
             size = file.stat().st_size if file.is_file() else None
             if size != record["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise CorpusError(f"{file}: {found}; its manifest says {record['bytes']} bytes")
+                faults.append(f"{file}: {found}; its manifest says {record['bytes']} bytes")
+        _refuse(faults)
         return cls(Path(path), manifest)
 
     @classmethod
@@ -174,80 +186,162 @@ class Corpus:
             )
         return np.flatnonzero(self.item_service == self.services.index(service))
 
-    def info(self) -> dict[str, Any]:
-        """What the corpus is, for people and for ``corpus info``; no array is read through."""
-        m = self.manifest
-        return {
-            "name": self.card.name,
-            "digest": self.card.digest,
-            "path": str(self.path),
-            "services": list(self.services),
-            "pretraining_services": list(self.card.services),
-            "users": m["splits"],
-            "items": self.n_items,
-            "behaviours": {s: len(items) for s, (_, items) in self._users.items()},
-            "tokens": len(self.tokens),
-            "vocab_size": self.card.vocab_size,
-            "pool_digest": self.card.pool.digest if self.card.pool else None,
-            "tasks": m["tasks"],
-            "steps": m["steps"],
-            "bytes": sum(r["bytes"] for r in m["files"].values()),
-        }
+    def verify(self, progress: Reading | None = None) -> None:
+        """Re-read everything: digests, structure, the card, and every task for leaks.
 
-    def verify(self) -> None:
-        """Re-read everything: digests of all files, of the corpus and its tasks, and structure.
+        Memory is that of a block, and of the table of items for the card, not of the behaviours.
+
+        Args:
+            progress: told of the bytes read for digests, the long part.
 
         Raises:
-            CorpusError: something on disk is not what the manifest says; the message names it.
+            CorpusError: something on disk is not what the manifest says, or cannot be a corpus. A
+                line for each fault of the first of these kinds that has any: the later ones
+                rest on the earlier.
         """
-        for name, record in self.manifest["files"].items():
+        _refuse(self._digest_faults(progress or (lambda done, total, name: None)))
+        _refuse(self._table_faults())
+        _refuse(self._log_faults())
+        _refuse(self._card_faults())
+        _refuse(self._task_faults())
+
+    def _digest_faults(self, progress: Reading) -> Iterator[str]:
+        files = self.manifest["files"]
+        done, total = 0, sum(r["bytes"] for r in files.values())
+        for name, record in files.items():
+            progress(done, total, name)
+            done += record["bytes"]
             if (found := sha256(self.path / name)) != record["sha256"]:
-                raise CorpusError(
+                yield (
                     f"{self.path / name}: its SHA-256 is {found}, "
                     f"the manifest says {record['sha256']}"
                 )
-        if (digest := content_digest(self.manifest)) != self.card.digest:
-            raise CorpusError(f"{self.path}: its content is {digest}, its name {self.card.digest}")
+        progress(total, total, "")
+        name, digest = self.manifest["name"], content_digest(self.manifest)
+        for where, named in (
+            ("folder", self.path.resolve().name),
+            ("manifest", f"{name}-{self.manifest['digest']}"),
+            ("card", f"{self.card.name}-{self.card.digest}"),
+        ):
+            if named != f"{name}-{digest}":
+                yield f"{self.path}: its content is {name}-{digest}, its {where} says {named}"
         for task, recorded in self.manifest["tasks"].items():
-            if task_digest(self.manifest, task) != recorded:
-                raise CorpusError(f"{self.path / 'tasks' / task}: its content is not {recorded}")
-        self._verify_structure()
+            if (digest := task_digest(self.manifest, task)) != recorded:
+                yield (
+                    f"{self.path / 'tasks' / task}: its content is {digest}, "
+                    f"the manifest says {recorded}"
+                )
 
-    def _verify_structure(self) -> None:
-        n_users = sum(self.manifest["splits"][s] for s in SPLITS)
-        check_offsets(self.path / "items/offsets.npy", self.token_offsets, len(self.tokens))
-        for name, found, expected in (
-            ("items/service.npy", len(self.item_service), self.n_items),
-            ("users/keys.npy", len(self.keys), n_users),
-        ):
-            if found != expected:
-                raise CorpusError(f"{self.path / name}: has {found} entries, not {expected}")
-        if len(self.tokens) and int(self.tokens.max()) >= self.card.vocab_size:
-            raise CorpusError(f"{self.path / 'items/tokens.npy'}: a token outside the vocabulary")
-        if not np.array_equal(
-            self.tokens[self.token_offsets[:-1]].astype(np.int64),
-            self.item_service.astype(np.int64) + 1,
-        ):
-            raise CorpusError(f"{self.path / 'items/tokens.npy'}: an item without service token")
+    def _table_faults(self) -> Iterator[str]:
+        """Items: in bounds, each with its service's token and then tokens of its text."""
+        path, n_services = self.path / "items/tokens.npy", len(self.services)
+        n_items, offsets = len(self.item_service), self.path / "items/offsets.npy"
+        if fault := _offsets_fault(offsets, self.token_offsets, len(self.tokens), n_items):
+            yield fault
+            return
+        for block in blocks(n_items, BLOCK // MAX_TOKENS):
+            bounds = self.token_offsets[block.start : block.stop + 1].astype(np.int64)
+            service = self.item_service[block].astype(np.int64)
+            if (long := np.diff(bounds) > MAX_TOKENS).any():
+                item = block.start + int(long.argmax())
+                yield f"{offsets}: item {item} has more than {MAX_TOKENS} tokens"
+                return
+            tokens = self.tokens[bounds[0] : bounds[-1]].astype(np.int64)
+            starts = bounds[:-1] - bounds[0]
+            if (wrong := (tokens[starts] != service + 1) | (service >= n_services)).any():
+                yield f"{path}: item {block.start + int(wrong.argmax())} has no service token"
+                return
+            valid = (tokens > n_services) & (tokens < self.card.vocab_size)
+            valid[starts] = True
+            if not valid.all():
+                token = int(tokens[valid.argmin()])
+                yield f"{path}: token {token} is none of a text ({n_services + 1} to vocabulary)"
+                return
+
+    def _log_faults(self) -> Iterator[str]:
+        """Users: in the order of their keys, unseen where they should be, with items that are."""
+        n_users, path = sum(self.manifest["splits"].values()), self.path / "users/keys.npy"
+        if len(self.keys) != n_users:
+            yield f"{path}: has {len(self.keys)} entries, not {n_users}"
+            return
+        held = self.keys[self.split("validation").start :]
+        if len(np.unique(held)) < len(held):
+            yield f"{path}: a user is twice among those of validation and pool"
+        for name in SPLITS:
+            rows = self.split(name)
+            for block in blocks(rows.stop - rows.start):
+                at = rows.start + block.start
+                keys = self.keys[at : min(at + BLOCK + 1, rows.stop)]
+                if (keys[1:] < keys[:-1]).any():
+                    yield f"{path}: users of {name} do not lie in the order of their keys"
+                    break
+                if name == "pretraining" and np.isin(keys, held).any():
+                    yield f"{path}: a user of validation or pool is one of pretraining"
+                    break
         for service, (offsets, items) in self._users.items():
-            folder = self.path / "users" / service
-            check_offsets(folder / "offsets.npy", offsets, len(items), n_users)
-            if int(items.max()) >= self.n_items:
-                raise CorpusError(f"{folder / 'items.npy'}: an item that is not in the table")
-            if (self.item_service[items] != self.services.index(service)).any():
-                raise CorpusError(f"{folder / 'items.npy'}: an item of another service")
+            folder, index = self.path / "users" / service, self.services.index(service)
+            if fault := _offsets_fault(folder / "offsets.npy", offsets, len(items), n_users):
+                yield fault
+            for block in blocks(len(items)):
+                part = items[block]
+                if int(part.max()) >= self.n_items:
+                    yield f"{folder / 'items.npy'}: an item that is not in the table"
+                    break
+                if (self.item_service[part] != index).any():
+                    yield f"{folder / 'items.npy'}: an item of another service"
+                    break
+
+    def _card_faults(self) -> Iterator[str]:
+        from scaling.data import tokenizer  # both build on this module
+        from scaling.data.card import corpus_card
+
+        path = self.path / "tokenizer.json"
+        bpe = tokenizer.load(path)
+        if bpe.get_vocab_size() != self.card.vocab_size:
+            yield f"{path}: has {bpe.get_vocab_size()} entries, the card {self.card.vocab_size}"
+        for i, service in enumerate(self.services):
+            if bpe.token_to_id(f"<service:{service}>") != i + 1:
+                yield f"{path}: token {i + 1} is not that of service {service!r}"
+        splits = self.manifest["splits"]
+        counted = corpus_card(
+            self.card, self.path, self.manifest["digest"], splits, self.card.vocab_size
+        ).model_dump()
+        for key, value in self.card.model_dump().items():
+            if value != counted[key]:
+                yield f"{self.path / 'manifest.json'}: card.{key} is not that of the logs"
+
+    def _task_faults(self) -> Iterator[str]:
+        from scaling.data.tasks import Task  # which builds on this module
+
+        for task in self.manifest["tasks"]:
+            try:
+                Task.open(self, task)
+            except ClueError as e:
+                yield str(e)
 
 
-def check_offsets(path: Path, offsets: Any, total: int, rows: int | None = None) -> None:
-    """Raise CorpusError unless ``offsets`` bound non-empty rows that together have ``total``."""
-    if (
-        not len(offsets)
-        or (rows is not None and len(offsets) != rows + 1)
-        or int(offsets[0]) != 0
-        or int(offsets[-1]) != total
-        or (offsets[1:] <= offsets[:-1]).any()
-    ):
-        raise CorpusError(f"{path}: its offsets do not bound {total} entries in non-empty rows")
+def blocks(total: int, size: int = BLOCK) -> Iterator[slice]:
+    """Slices that cover ``total`` entries, ``size`` at a time."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+def _refuse(faults: Iterable[str]) -> None:
+    if lines := "\n".join(faults):
+        raise CorpusError(lines)
+
+
+def _offsets_fault(path: Path, offsets: Any, total: int, rows: int) -> str | None:
+    """What is wrong with the offsets of ``rows`` non-empty rows that together have ``total``."""
+    if len(offsets) != rows + 1:
+        return f"{path}: has {len(offsets)} entries, not {rows + 1}"
+    if int(offsets[0]) != 0 or int(offsets[-1]) != total:
+        return f"{path}: its offsets go from {offsets[0]} to {offsets[-1]}, not from 0 to {total}"
+    for block in blocks(rows):
+        bounds = offsets[block.start : block.stop + 1]
+        if (wrong := bounds[1:] <= bounds[:-1]).any():
+            return f"{path}: row {block.start + int(wrong.argmax())} is empty or of negative length"
+    return None
 
 
 def folders(root: Path) -> list[Path]:
@@ -259,7 +353,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a corpus.
 
     Raises:
-        CorpusError: it is missing or of another version.
+        CorpusError: it is missing, of another version, or without a key that every manifest has.
     """
     if not (path / "manifest.json").is_file():
         raise CorpusError(f"{path}: not a prepared corpus (it has no manifest.json)")
@@ -270,4 +364,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path / 'manifest.json'}: schema_version = {version!r}; "
             f"this program reads {SCHEMA_VERSION}"
         )
+    for key, kind in MANIFEST.items():
+        if not isinstance(manifest.get(key), kind):
+            raise CorpusError(f"{path / 'manifest.json'}: {key} is missing or no {kind.__name__}")
+    for name, record in manifest["files"].items():
+        if not isinstance(record, dict) or not record.keys() >= {"bytes", "sha256"}:
+            raise CorpusError(f"{path / 'manifest.json'}: files.{name} is not bytes and sha256")
+    if not all(isinstance(manifest["splits"].get(s), int) for s in SPLITS):
+        raise CorpusError(f"{path / 'manifest.json'}: splits is not {', '.join(SPLITS)}")
     return dict(manifest)
