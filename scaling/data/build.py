@@ -6,21 +6,22 @@ corpus file give the same bytes.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import ibis
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from scaling.data import store, tokenizer
 from scaling.data.corpus import SPLITS, CorpusError
+from scaling.data.engine import Engine
 from scaling.data.logs import CleanLogs, Progress, clean_logs
 from scaling.data.recipe import CorpusFile, Users
-from scaling.data.scratch import Scratch
-from scaling.data.tasks import GROUPS, TaskLogs, build_task
-from scaling.data.tasks import SCHEMA_VERSION as TASK_VERSION
-from scaling.files import write_json
+from scaling.data.task_forms import write_task
 from scaling.packing import spans
 
 Ints = NDArray[np.int64]
@@ -39,12 +40,17 @@ class Built:
 
 
 def build(
-    file: CorpusFile, corpus_file: Path, scratch: Path, staged: Path, report: Progress
+    engine: Engine,
+    file: CorpusFile,
+    corpus_file: Path,
+    staged: Path,
+    malformed: Path,
+    report: Progress,
 ) -> Built:
     """Fill ``staged``.
 
     Args:
-        scratch: folder for the database; the caller removes it.
+        malformed: file that gets the malformed rows.
         report: told of each of ``STAGES`` as it begins.
 
     Raises:
@@ -55,41 +61,36 @@ def build(
     def begin(name: str) -> None:
         report(name, next(stage), len(STAGES))
 
-    db = Scratch(scratch)
-    try:
-        begin("logs")
-        clean = clean_logs(db, file, corpus_file.parent, str(corpus_file))
-        begin("users")
-        columns: dict[str, Any] = {"key": np.uint64, "draw": np.uint64}
-        columns |= {f"n{i}": np.int64 for i in range(len(file.services))}
-        keys, draws, *n = db.fetch(clean.users, columns, ("key",))
-        counts = np.stack(n, axis=1)
-        splits = split_users(counts, keys, draws, file.users, file.services, str(corpus_file))
-        kept = np.concatenate([splits[s] for s in SPLITS])
-        rows = db.create("rows", ibis.memtable({"key": keys[kept], "row": np.arange(len(kept))}))
-        begin("items")
-        n_items = int(db.value(clean.items.count()))
-        (staged / "items").mkdir(parents=True)
-        vocab_size = _write_items(clean, rows, len(splits["pretraining"]), file, staged)
-        begin("histories")
-        store.write_array(staged / "users" / "keys.npy", keys[kept])
-        own = clean.logs.join(rows, "key")
-        for index, service in enumerate(file.services):
-            _write_histories(
-                db,
-                own.filter(own.service == index),
-                counts[kept, index],
-                file.users.max_logs,
-                n_items,
-                staged / "users" / service,
-            )
-        begin("tasks")
-        for name in file.tasks:
-            _write_task(clean, name, file, keys, splits["downstream"], staged / "tasks" / name)
-    finally:
-        db.close()
+    begin("logs")
+    clean = clean_logs(engine, file, corpus_file.parent, str(corpus_file), malformed)
+    begin("users")
+    columns: dict[str, Any] = {"uid": np.int64, "key": object, "draw": object}
+    columns |= {f"n{i}": np.int64 for i in range(len(file.services))}
+    uids, keys, draws, *n = engine.fetch(clean.users, columns, ("uid",))
+    keys, draws, counts = _hashes(keys), _hashes(draws), np.stack(n, axis=1)
+    splits = split_users(counts, keys, draws, file.users, file.services, str(corpus_file))
+    kept = np.concatenate([splits[s] for s in SPLITS])
+    batch = pa.record_batch({"uid": uids[kept], "row": np.arange(len(kept))})
+    logs = clean.logs.filter(clean.logs.service < len(file.services))
+    logs = logs.join(engine.load("rows", [batch], batch.schema), "uid")
+    begin("items")
+    (staged / "items").mkdir(parents=True)
+    learnt = logs.filter(logs.row < len(splits["pretraining"])).select("item").distinct()
+    vocab_size, n_items = _write_items(clean, learnt, file, staged)
+    begin("histories")
+    store.write_array(staged / "users" / "keys.npy", keys[kept])
+    _write_histories(engine, logs, counts[kept], file, n_items, staged / "users")
+    begin("tasks")
+    for name in file.tasks:
+        folder = staged / "tasks" / name
+        write_task(clean, name, file, uids, keys, splits["downstream"], folder)
     begin("digests")
     return Built(clean.steps, {s: len(splits[s]) for s in SPLITS}, vocab_size)
+
+
+def _hashes(texts: Any) -> NDArray[np.uint64]:
+    """Numbers out of 16 hexadecimal digits each."""
+    return np.frombuffer(bytes.fromhex("".join(texts)), ">u8").astype(np.uint64)
 
 
 def split_users(
@@ -151,28 +152,31 @@ def split_users(
     return {name: rows[np.argsort(keys[rows])] for name, rows in splits.items()}
 
 
-def _write_items(
-    clean: CleanLogs, rows: Any, n_pretraining: int, file: CorpusFile, staged: Path
-) -> int:
-    """Learn the tokenizer and write the item table; returns the size of the vocabulary."""
-    db, items = clean.db, clean.items
-    seen = clean.logs.filter(clean.logs.service < len(file.services))
-    seen = seen.join(rows.filter(rows["row"] < n_pretraining), "key").select("item").distinct()
-    learnt = items.semi_join(seen, "item").select("text").distinct()
-    bpe = tokenizer.train(_texts(db, learnt), file.tokenizer.vocab_size, file.all_services)
-    (staged / "tokenizer.json").write_text(bpe.to_str(), encoding="utf-8")
+def _write_items(clean: CleanLogs, learnt: Any, file: CorpusFile, staged: Path) -> tuple[int, int]:
+    """Learn the tokenizer and write the item table.
 
-    distinct = items.select("text").distinct()
-    chunks = list(tokenizer.encode(bpe, _texts(db, distinct)))
+    Args:
+        learnt: item: those of pretraining users.
+
+    Returns:
+        Entries of the vocabulary and number of items.
+    """
+    engine, items = clean.engine, clean.items
+    texts = items.semi_join(learnt, "item").select("text").distinct()
+    sample = texts.order_by(texts.text.hexdigest("sha256")).limit(file.tokenizer.sample)
+    bpe = tokenizer.train(_texts(engine, sample), file.tokenizer.vocab_size, file.all_services)
+    (staged / "tokenizer.json").write_text(bpe.to_str(), encoding="utf-8")
+    vocab_size = int(bpe.get_vocab_size())
+
+    distinct = engine.store("distinct_texts", items.select("text").distinct())
+    kind = np.min_scalar_type(vocab_size - 1)
+    chunks = [(n, t.astype(kind)) for n, t in tokenizer.encode(bpe, _texts(engine, distinct))]
     lengths = np.concatenate([n for n, _ in chunks])
-    tokens = np.concatenate([t for _, t in chunks]).astype(np.min_scalar_type(bpe.get_vocab_size()))
+    tokens = np.concatenate([t for _, t in chunks])
     starts = np.cumsum(lengths) - lengths
-    numbered = db.create(
-        "text_numbers",
-        distinct.mutate(number=ibis.row_number().over(order_by=distinct.text)),
-    )
+    numbered = distinct.mutate(number=ibis.row_number().over(order_by=distinct.text))
     joined = items.join(numbered, "text").select("item", "service", "number")
-    service, number = db.fetch(joined, {"service": np.int64, "number": np.int64}, ("item",))
+    service, number = engine.fetch(joined, {"service": np.int64, "number": np.int64}, ("item",))
 
     def encoded() -> Iterator[Any]:
         for at in range(0, len(number), tokenizer.CHUNK):
@@ -187,123 +191,60 @@ def _write_items(
             yield out
 
     sizes = lengths[number] + 1
-    total = int(sizes.sum())
     folder = staged / "items"
-    store.write_stream(folder / "tokens.npy", total, bpe.get_vocab_size() - 1, encoded())
+    store.write_stream(folder / "tokens.npy", int(sizes.sum()), vocab_size - 1, encoded())
     store.write_array(
         folder / "offsets.npy", np.concatenate([np.zeros(1, np.int64), sizes.cumsum()])
     )
     store.write_array(folder / "service.npy", service)
-    return int(bpe.get_vocab_size())
+    return vocab_size, len(number)
 
 
-def _texts(db: Scratch, table: Any) -> Iterator[str]:
-    for (texts,) in db.stream(table, ("text",), ("text",)):
+def _texts(engine: Engine, table: Any) -> Iterator[str]:
+    for (texts,) in engine.stream(table, ("text",), ("text",)):
         yield from texts
 
 
 def _write_histories(
-    db: Scratch, logs: Any, counts: Ints, cap: int, n_items: int, folder: Path
+    engine: Engine, logs: Any, counts: Ints, file: CorpusFile, n_items: int, folder: Path
 ) -> None:
-    """Write the last ``cap`` logs of every user in one service, as they stream by in order."""
-    ends = np.cumsum(counts)
-    kept = np.minimum(counts, cap)
+    """Write every user's last logs in each service of pretraining.
 
-    def latest() -> Iterator[Any]:
-        at = 0
-        for row, item in db.stream(logs, ("row", "item"), ("row", "time", "position", "item")):
-            place = np.arange(at, at + len(row))
-            at += len(row)
-            yield item[place >= ends[row] - cap]
-
-    offsets = np.concatenate([np.zeros(1, np.int64), kept.cumsum()])
-    store.write_array(folder / "offsets.npy", offsets)
-    store.write_stream(folder / "items.npy", int(offsets[-1]), n_items - 1, latest())
-
-
-def _write_task(
-    clean: CleanLogs, name: str, file: CorpusFile, keys: Any, downstream: Ints, folder: Path
-) -> None:
-    db, config = clean.db, file.tasks[name]
-    service = file.all_services.index(config.service)
-    names = [config.service, *(s for s in file.services if s != config.service)]
-    services = [file.all_services.index(s) for s in names]
-    logs = clean.logs.filter(clean.logs.service.isin(services))
-    if config.users == "downstream":
-        chosen = db.create(f"users_{name}", ibis.memtable({"key": keys[downstream]}))
-        logs = logs.semi_join(chosen, "key")
-    able = logs.filter(logs.service == service).group_by("key").aggregate(n=lambda t: t.count())
-    able = able.filter(able.n >= config.targets + config.min_history)
-    logs = logs.semi_join(able, "key")
-    timed = _timed(db, logs, name, file)
-    clock = () if config.cut == "order" else ("time",)
-    order = ("key", *clock, "position", "item")
-    columns = {
-        "key": np.uint64,
-        "service": np.int64,
-        "item": np.int64,
-        "time": np.int64,
-        "position": np.int64,
-    }
-    logs = logs.mutate(time=logs.time.fill_null(0))
-    key, service_of, item, time, position = db.fetch(logs, columns, order)
-    task_keys, user = np.unique(key, return_inverse=True)
-    if not len(task_keys):
-        raise CorpusError(
-            f"task {name!r}: no user has the {config.targets} targets and "
-            f"{config.min_history} earlier logs of {config.service!r} that it asks for"
-        )
-    (candidates,) = db.fetch(
-        clean.items.filter(clean.items.service == service), {"item": np.int64}, ("item",)
-    )
-    arrays = build_task(
-        name,
-        config,
-        TaskLogs(user, service_of, item, time, position, timed),
-        task_keys,
-        service,
-        services,
-        candidates,
-        file.users.max_logs,
-    )
-    store.write_array(folder / "keys.npy", task_keys)
-    store.write_array(folder / "group.npy", task_keys % np.uint64(GROUPS))
-    store.write_array(folder / "targets.npy", arrays.targets)
-    store.write_array(folder / "negatives.npy", arrays.negatives)
-    store.write_array(folder / "candidates.npy", candidates)
-    for s, ragged in arrays.history.items():
-        store.write_ragged(folder / "history" / file.all_services[s], *ragged)
-    record = {
-        "schema_version": TASK_VERSION,
-        "name": name,
-        "services": [file.all_services[s] for s in arrays.history],
-        **config.model_dump(mode="json"),
-        "cut": arrays.cut,
-        "n_users": len(task_keys),
-        "n_candidates": len(candidates),
-    }
-    write_json(folder / "task.json", record)
-
-
-def _timed(db: Scratch, logs: Any, name: str, file: CorpusFile) -> bool:
-    """Whether the logs of a task have times.
-
-    Raises:
-        CorpusError: only some have, and the task would compare them.
+    Args:
+        logs: row, service, item, time, position: all logs of the users kept.
+        counts: logs of each user in each service. [users, services]
     """
-    found = logs.group_by("service").aggregate(
-        timed=logs.time.notnull().any(), untimed=logs.time.isnull().any()
-    )
-    service, *flags = db.fetch(
-        found, {"service": np.int64, "timed": np.bool_, "untimed": np.bool_}, ("service",)
-    )
-    timed, untimed = (
-        ", ".join(file.all_services[s] for s in service[flag].tolist()) for flag in flags
-    )
-    if timed and untimed and file.tasks[name].cut != "order":
-        raise CorpusError(
-            f"task {name!r}: there are logs without times of {untimed}, and with times of {timed}; "
-            f"which were earlier is unknown. tasks.{name}.cut = 'order' needs no times and keeps "
-            f"histories of {file.tasks[name].service!r} alone"
-        )
-    return not untimed
+    cap = file.users.max_logs
+
+    def parts() -> Iterator[tuple[int, Ints, Ints]]:
+        """Service, rows of users and items of logs, by service and then by user and time."""
+        columns = ("service", "row", "item")
+        for service, row, item in engine.stream(
+            logs, columns, ("service", "row", "time", "position", "item")
+        ):
+            bounds = np.searchsorted(service, np.arange(len(file.services) + 1))
+            for s in np.flatnonzero(np.diff(bounds)).tolist():
+                here = slice(bounds[s], bounds[s + 1])
+                yield s, row[here], item[here]
+
+    for s, of_service in groupby(parts(), key=itemgetter(0)):
+        lengths = np.minimum(counts[:, s], cap)
+        offsets = np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
+        target = folder / file.services[s]
+        store.write_array(target / "offsets.npy", offsets)
+        latest = _latest(of_service, np.cumsum(counts[:, s]), cap)
+        store.write_stream(target / "items.npy", int(offsets[-1]), n_items - 1, latest)
+
+
+def _latest(parts: Iterator[tuple[int, Ints, Ints]], ends: Ints, cap: int) -> Iterator[Ints]:
+    """Items of the last ``cap`` logs of each user.
+
+    Args:
+        parts: service, rows of users and items, all logs of one service in order.
+        ends: number of logs up to and with each user's. [users]
+    """
+    at = 0
+    for _, row, item in parts:
+        place = np.arange(at, at + len(row))
+        at += len(row)
+        yield item[place >= ends[row] - cap]

@@ -1,180 +1,272 @@
-"""From the logs of a source to clean, numbered logs: Ibis on DuckDB, larger than memory.
+"""From the logs of a source to clean, numbered logs: the relational program, in Ibis.
 
-Every step is a key of the corpus file, and what it left is counted for the manifest.
+Users and items become whole numbers first, so that every later step moves few bytes. Each step is a
+key of the corpus file, none applies unless it is named there, and what it left is counted for the
+manifest. Of what is not relational only distinct texts leave the engine.
 """
 
 import html
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import ibis
 import pyarrow as pa
-import pyarrow.parquet as pq
+from ibis import _
 
 from scaling.data.corpus import CorpusError
+from scaling.data.engine import Engine
 from scaling.data.recipe import CorpusFile
-from scaling.data.scratch import Scratch
 from scaling.data.sources import read_logs
+
+MONTH = 365.25 / 12 * 86_400
+"""[s]"""
+SHARED_TEXT_ITEMS = 10
+"""So many items may have one text whatever their share."""
+
+Progress = Callable[[str, int, int], None]
+"""Told the stage that begins, how many are done, and how many there are."""
 
 
 @dataclass
 class CleanLogs:
-    """Tables in the scratch database after cleaning, and the counts of every step."""
+    """Tables of the engine after cleaning, and the counts of every step."""
 
-    db: Scratch
+    engine: Engine
     logs: Any
-    """key uint64, service int64 (index), item int64, time int64, position int64."""
+    """uid int64, service int64 (index), item int64, time int64, position int64."""
     items: Any
-    """item int64, service int64, text string: numbered by service, then by identity."""
+    """item int64, service int64, text string: 0, 1, ... by service, then by identity."""
     users: Any
-    """key uint64, draw uint64, n0, n1, ...: logs in each service of pretraining."""
-    steps: list[dict[str, Any]] = field(default_factory=list)
+    """uid int64, key string, draw string, n0 int64, n1, ...: users with logs; their hashes, in hex;
+    logs in each service of pretraining. Users are numbered in the order of their keys."""
+    steps: list[dict[str, Any]]
 
 
-def clean_logs(db: Scratch, file: CorpusFile, base: Path, where: str) -> CleanLogs:
+def clean_logs(
+    engine: Engine, file: CorpusFile, base: Path, where: str, malformed: Path
+) -> CleanLogs:
     """Read, clean, filter and number the logs of a corpus file.
 
     Args:
-        db: the scratch database.
         base: folder of the corpus file.
         where: the corpus file, for messages.
+        malformed: file that gets the malformed rows, a line each: file, line and reason.
 
     Raises:
-        CorpusError: too many malformed rows, a service without logs, ratings asked for and not
-            there, untitled logs where they are refused, or two users with one hash.
+        CorpusError: too many malformed rows, a service without logs, ratings or times asked for and
+            not there, untitled logs or one text on most items where they are refused, or two users
+            with one hash.
     """
-    steps: list[dict[str, Any]] = []
+    raw = read_logs(engine, file.source, base)
+    read, services = _read(engine, raw, file, where, malformed)
+    sound = raw.filter(raw.problem.isnull(), raw.user.notnull())
+    sound = sound.filter(sound.service.isin(file.all_services)).select(
+        "user",
+        "service",
+        "text",
+        "time",
+        "position",
+        "rating",
+        # An item that has no identity of its own is known by its text.
+        by_text=_.item.isnull(),
+        identity=_.item.coalesce(_.text),
+    )
+    users = _numbered_users(engine, sound, file)
+    items, names = _named_items(engine, sound, file, where)
+    logs = (
+        sound.join(users.select("user", "uid"), "user")
+        .join(names, ["service", "by_text", "identity"])
+        .select("uid", "item", "time", "rating", service="index", position=_.position.fill_null(0))
+    )
     rules = file.logs
+    if rules.min_rating is None:
+        logs = logs.drop("rating")
+    steps = _Steps(engine, file, where)
+    steps.done = [
+        read,
+        {"step": "services", "logs": services, "users": engine.value(users.count())},
+    ]
+    logs = steps.keep("titled", logs, "no text")
+    if not rules.drop_untitled and (lost := services - steps.done[-1]["logs"]):
+        raise CorpusError(
+            f"{where}: {lost:,} of {services:,} logs have no text; "
+            "logs.drop_untitled = true drops them"
+        )
+    if rules.min_rating is not None:
+        _refuse_unrated(engine, logs, file, where)
+        rated = logs.filter(logs.rating >= rules.min_rating).drop("rating")
+        logs = steps.keep("rated", rated, f"logs.min_rating = {rules.min_rating}")
+    if rules.deduplicate == "latest":
+        logs = steps.keep("deduplicated", _latest(logs), "logs.deduplicate")
+    if rules.min_per_month is not None:
+        busy = logs.group_by("uid").aggregate(n=logs.count())
+        busy = busy.filter(busy.n >= _least_logs(engine, logs, rules.min_per_month, where))
+        why = f"logs.min_per_month = {rules.min_per_month}"
+        logs = steps.keep("active", logs.semi_join(busy, "uid"), why)
+    if rules.k_core is not None:
+        logs = _k_core(logs, rules.k_core, steps)
+    logs, items = _renumbered(engine, logs, items)
+    counts = {f"n{i}": (logs.service == i).sum() for i in range(len(file.services))}
+    users = logs.group_by("uid").aggregate(**counts).join(users.drop("user"), "uid")
+    return CleanLogs(engine, logs, items, engine.store("counted_users", users), steps.done)
 
-    def step(name: str, expression: Any) -> Any:
-        made = db.create(name, expression)
-        left = db.value(made.aggregate(logs=made.count(), users=made.user.nunique())).iloc[0]
-        steps.append({"step": name, "logs": int(left.logs), "users": int(left.users)})
+
+class _Steps:
+    """What each step kept, and its counts. Only the last step's logs stay in the engine."""
+
+    def __init__(self, engine: Engine, file: CorpusFile, where: str):
+        self.engine, self.file, self.where = engine, file, where
+        self.done: list[dict[str, Any]] = []
+        self._names = (f"logs_{i}" for i in count())
+        self._last = ""
+        self._had: dict[int, int] = {}
+
+    def keep(self, step: str, table: Any, why: str, **said: Any) -> Any:
+        """Store the logs of a step.
+
+        Args:
+            why: some service has none left, for the message.
+            said: of the step, beside its counts.
+        """
+        name = next(self._names)
+        made = self.engine.store(name, table)
+        left = self.engine.rows(made.group_by("service").aggregate(n=made.count()))
+        has = {row["service"]: row["n"] for row in left}
+        for index, service in enumerate(self.file.all_services):
+            if index not in has:
+                had = f": {self._had[index]} -> 0" if self._had else ""
+                raise CorpusError(
+                    f"{self.where}: service {service!r} has no logs left ({why}{had})"
+                )
+        users = self.engine.value(made.uid.nunique())
+        self.done.append({"step": step, "logs": sum(has.values()), "users": users, **said})
+        if self._last:
+            self.engine.drop(self._last)
+        self._last, self._had = name, has
         return made
 
-    raw = db.create("raw", read_logs(db.con, file.source, base))
-    malformed = raw.problem.notnull() | raw.user.isnull() | raw.service.isnull()
-    total = int(db.value(raw.count()))
-    bad = int(db.value(raw.filter(malformed).count()))
-    steps.append({"step": "read", "logs": total, "malformed": bad})
+
+def _read(
+    engine: Engine, raw: Any, file: CorpusFile, where: str, malformed: Path
+) -> tuple[dict[str, Any], int]:
+    """The step of reading, and the logs of the services that the corpus has."""
+    bad = raw.problem.notnull() | raw.user.isnull() | raw.service.isnull()
+    service = ibis.ifelse(bad, ibis.null("string"), raw.service)
+    found = engine.rows(raw.group_by(service=service).aggregate(n=raw.count()))
+    there = {row["service"]: row["n"] for row in found}
+    total, n_bad = sum(there.values()), there.pop(None, 0)
     if not total:
         raise CorpusError(f"{where}: its source has no logs")
-    if bad > rules.max_malformed * total:
-        raise _malformed(db, raw.filter(malformed), bad, total, rules.max_malformed, where)
-
-    _refuse_absent(db, raw.filter(~malformed), file, where)
-    names = ibis.literal(list(file.all_services))
-    logs = step(
-        "services",
-        raw.filter(~malformed, raw.service.isin(file.all_services)).mutate(
-            service=names.index(raw.service),
-            position=raw.position.fill_null(0),
-        ),
-    )
-    db.drop("raw")
-
-    texts = _cleaned_texts(db, logs, rules.clean_text)
-    logs = logs.left_join(texts, logs.text == texts.raw_text).select(
-        logs.user,
-        logs.service,
-        item=logs.item.coalesce(texts.clean_text),
-        text=texts.clean_text,
-        time=logs.time,
-        position=logs.position,
-        rating=logs.rating,
-    )
-    titled = step("titled", logs.filter(logs.text.notnull()))
-    if not rules.drop_untitled and (lost := steps[-2]["logs"] - steps[-1]["logs"]):
-        raise CorpusError(f"{where}: logs.drop_untitled = false, but {lost} logs have no text")
-    _refuse_empty(db, logs, titled, "no text", file, where)
-    logs = titled
-    if rules.min_rating is not None:
-        _refuse_unrated(db, logs, file, where)
-        rated = step("rated", logs.filter(logs.rating >= rules.min_rating))
-        _refuse_empty(db, logs, rated, f"logs.min_rating = {rules.min_rating}", file, where)
-        logs = rated
-    if rules.deduplicate == "latest":
-        latest = ibis.struct({"time": logs.time, "position": logs.position, "text": logs.text})
-        best = logs.group_by("user", "service", "item").aggregate(best=latest.max())
-        logs = step("deduplicated", best.unpack("best"))
-
-    users = _hashed_users(db, logs, file)
-    items = _numbered_items(db, logs)
-    numbered = db.create(
-        "numbered",
-        logs.join(users, logs.user == users.user)
-        .join(items, (logs.service == items.service) & (logs.item == items.identity))
-        .select(users.key, logs.service, items.item, logs.time, logs.position),
-    )
-    return CleanLogs(db, numbered, items.drop("identity"), users.drop("user"), steps)
-
-
-def _malformed(
-    db: Scratch, rows: Any, bad: int, total: int, share: float, where: str
-) -> CorpusError:
-    shown = db.value(
-        rows.select(problem=rows.problem.coalesce(ibis.literal("a log without user or service")))
-        .distinct()
-        .order_by("problem")
-        .limit(3)
-    ).problem
-    listed = "".join(f"\n  {p}" for p in shown)
-    return CorpusError(
-        f"{where}: {bad} of {total} rows are malformed, "
-        f"more than logs.max_malformed = {share}:{listed}"
-    )
-
-
-def _refuse_absent(db: Scratch, logs: Any, file: CorpusFile, where: str) -> None:
-    there = sorted(db.value(logs.select("service").distinct()).service)
+    malformed.unlink(missing_ok=True)
+    if n_bad:
+        reason = raw.problem.coalesce(ibis.literal("a log without user or service"))
+        rows = raw.filter(bad).select(problem=reason)
+        with open(malformed, "w", encoding="utf-8", errors="backslashreplace") as f:
+            for (problems,) in engine.stream(rows, ("problem",), ("problem",)):
+                f.writelines(f"{p}\n" for p in problems)
+    if n_bad > file.logs.max_malformed * total:
+        with open(malformed, encoding="utf-8") as f:
+            first = "".join(f"\n  {line.rstrip()}" for line in islice(f, 3))
+        raise CorpusError(
+            f"{where}: {n_bad:,} of {total:,} rows are malformed, more than "
+            f"logs.max_malformed = {file.logs.max_malformed}:{first}\nall of them: {malformed}"
+        )
     for name in file.all_services:
         if name not in there:
-            listed = ", ".join(there[:10]) + (", ..." if len(there) > 10 else "")
+            listed = ", ".join(sorted(there)[:10]) + (", ..." if len(there) > 10 else "")
             raise CorpusError(
                 f"{where}: no log of service {name!r} in the source; "
                 f"services there: {listed or 'none'}"
             )
+    return (
+        {"step": "read", "logs": total, "malformed": n_bad},
+        sum(there[name] for name in file.all_services),
+    )
 
 
-def _refuse_empty(
-    db: Scratch, before: Any, after: Any, why: str, file: CorpusFile, where: str
-) -> None:
-    there = set(db.value(after.select("service").distinct()).service)
-    for index, name in enumerate(file.all_services):
-        if index not in there:
-            had = int(db.value((before.service == index).sum()))
-            raise CorpusError(f"{where}: service {name!r} has no logs left ({why}: {had} -> 0)")
+def _numbered_users(engine: Engine, logs: Any, file: CorpusFile) -> Any:
+    """user, key, draw, uid: users in the order of one hash, and another that splits them.
+
+    Two hashes, so that every prefix of a split is a fair sample of it.
+    """
+
+    distinct = logs.select("user").distinct()
+
+    def hashed(purpose: str) -> Any:
+        salted = ibis.literal(f"{file.users.salt}/{purpose}/").concat(distinct.user)
+        return salted.hexdigest("sha256").left(16)
+
+    users = distinct.mutate(key=hashed("order"), draw=hashed("split"))
+    made = engine.store("users", users.mutate(uid=ibis.row_number().over(order_by=_.key)))
+    if engine.value(made.key.nunique()) != engine.value(made.count()):
+        raise CorpusError("two users have the same 64-bit hash; choose another users.salt")
+    return made
 
 
-def _refuse_unrated(db: Scratch, logs: Any, file: CorpusFile, where: str) -> None:
-    rated = set(db.value(logs.filter(logs.rating.notnull()).select("service").distinct()).service)
-    for index, name in enumerate(file.all_services):
-        if index not in rated:
+def _named_items(engine: Engine, logs: Any, file: CorpusFile, where: str) -> tuple[Any, Any]:
+    """Items with their commonest text, and which item the logs of an identity are of.
+
+    A log without text has that of its item, where other logs have one.
+
+    Returns:
+        Tables (item, index, text), numbered by service and identity, and
+        (service, by_text, identity, item, index).
+    """
+    of = ["service", "by_text", "identity"]
+    variants = engine.store("variants", logs.group_by([*of, "text"]).aggregate(n=_.count()))
+    texts = _cleaned_texts(engine, variants, file.logs.clean_text)
+    index = _.service.cases(*((name, i) for i, name in enumerate(file.all_services)))
+    named = variants.join(texts, variants.text == texts.raw_text).select(
+        *of,
+        "n",
+        text="clean_text",
+        index=index.cast("int64"),
+        known=ibis.ifelse(_.by_text, _.clean_text, _.identity),
+    )
+    key = ["index", "by_text", "known"]
+    seen = named.group_by([*key, "text"]).aggregate(n=_.n.sum())
+    rank = ibis.row_number().over(group_by=key, order_by=[_.n.desc(), _.text])
+    first = seen.mutate(rank=rank).filter(_.rank == 0)
+    number = ibis.row_number().over(order_by=["index", "known", "by_text"])
+    items = engine.store("all_items", first.select(*key, "text", item=number))
+    _refuse_shared_text(engine, items, file, where)
+    ways = named.select(*of, *key[:1], "known").distinct()
+    names = ways.join(items.drop("text"), key).select(*of, "item", "index")
+    return items.drop("by_text", "known"), engine.store("names", names)
+
+
+def _refuse_shared_text(engine: Engine, items: Any, file: CorpusFile, where: str) -> None:
+    shared = items.group_by(["index", "text"]).aggregate(n=_.count())
+    most = shared.group_by("index").aggregate(most=_.n.max(), n=_.n.sum())
+    for row in engine.rows(most):
+        if row["most"] > max(SHARED_TEXT_ITEMS, file.logs.max_same_text * row["n"]):
             raise CorpusError(
-                f"{where}: logs.min_rating = {file.logs.min_rating}, "
-                f"but no log of service {name!r} has a rating; it needs ratings in every service"
+                f"{where}: {row['most']:,} of the {row['n']:,} items of service "
+                f"{file.all_services[row['index']]!r} have one and the same text, more than "
+                f"logs.max_same_text = {file.logs.max_same_text}: is the right column its text?"
             )
 
 
-def _cleaned_texts(db: Scratch, logs: Any, clean: bool) -> Any:
-    """Each distinct text beside its clean form; blank ones are left out."""
-    raw = logs.select(raw_text=logs.text).filter(logs.text.notnull()).distinct()
-    fix = clean_text if clean else str.strip
+def _cleaned_texts(engine: Engine, variants: Any, clean: bool) -> Any:
+    """raw_text, clean_text: each distinct text that is not blank."""
     schema = pa.schema([("raw_text", pa.string()), ("clean_text", pa.string())])
+    raw = variants.select("text").filter(_.text.notnull()).distinct()
 
-    path = db.folder / "texts.parquet"
-    with pq.ParquetWriter(path, schema) as writer:
-        for (texts,) in db.stream(raw, ("raw_text",), ("raw_text",)):
-            cleaned = [fix(t) or None for t in texts]
-            writer.write_batch(pa.record_batch([pa.array(texts), pa.array(cleaned)], schema=schema))
-    made = db.con.read_parquet(path)
-    return made.filter(made.clean_text.notnull())
+    def batches() -> Iterator[pa.RecordBatch]:
+        for (texts,) in engine.stream(raw, ("text",), ("text",)):
+            pairs = [(t, clean_text(t) if clean else t) for t in texts]
+            kept = list(zip(*(p for p in pairs if p[1].strip()), strict=True)) or [(), ()]
+            yield pa.record_batch([pa.array(c, pa.string()) for c in kept], schema=schema)
+
+    return engine.load("texts", batches(), schema)
 
 
 def clean_text(text: str) -> str:
-    """Text without HTML entities, runs of white space joined.
+    """Text without HTML entities (resolved twice: some are escaped twice), white space joined.
 
     >>> clean_text(" Bob&#39;s &amp;quot;Red&amp;quot;\\n Mill ")
     'Bob\\'s "Red" Mill'
@@ -182,43 +274,57 @@ def clean_text(text: str) -> str:
     return " ".join(html.unescape(html.unescape(text)).split())
 
 
-def _hashed_users(db: Scratch, logs: Any, file: CorpusFile) -> Any:
-    """Users with the hash that orders them, the one that splits them, and their counts of logs.
-
-    Two hashes, so that every prefix of a split is a fair sample of it.
-    """
-    counts = {f"n{i}": (logs.service == i).sum() for i in range(len(file.services))}
-    users = logs.group_by("user").aggregate(**counts)
-
-    def hashed(purpose: str) -> Any:
-        salted = ibis.literal(f"{file.users.salt}/{purpose}/").concat(users.user)
-        return ibis.literal("0x").concat(salted.hexdigest("sha256").left(16)).cast("uint64")
-
-    made = db.create("users", users.mutate(key=hashed("order"), draw=hashed("split")))
-    if db.value(made.key.nunique() != made.count()):
-        raise CorpusError("two users have the same 64-bit hash; choose another users.salt")
-    return made
+def _refuse_unrated(engine: Engine, logs: Any, file: CorpusFile, where: str) -> None:
+    found = engine.rows(logs.group_by("service").aggregate(rated=_.rating.notnull().sum()))
+    for row in found:
+        if not row["rated"]:
+            raise CorpusError(
+                f"{where}: logs.min_rating = {file.logs.min_rating}, but no log of service "
+                f"{file.all_services[row['service']]!r} has a rating; it needs ratings in every "
+                "service"
+            )
 
 
-def _numbered_items(db: Scratch, logs: Any) -> Any:
-    """Items in order of service and identity, each with its commonest text."""
-    seen = logs.group_by("service", "item", "text").aggregate(n=logs.count())
-    ranked = seen.mutate(
-        rank=ibis.row_number().over(
-            group_by=[seen.service, seen.item], order_by=[seen.n.desc(), seen.text]
+def _latest(logs: Any) -> Any:
+    """Of the logs of one user and item the latest."""
+    order = [ibis.desc("time", nulls_first=False), ibis.desc("position")]
+    rank = ibis.row_number().over(group_by=["uid", "item"], order_by=order)
+    return logs.mutate(rank=rank).filter(_.rank == 0).drop("rank")
+
+
+def _least_logs(engine: Engine, logs: Any, per_month: float, where: str) -> int:
+    """Logs of a user that make a mean rate over the whole time that the logs cover."""
+    (found,) = engine.rows(
+        logs.aggregate(first=_.time.min(), last=_.time.max(), untimed=_.time.isnull().sum())
+    )
+    if found["untimed"]:
+        raise CorpusError(
+            f"{where}: logs.min_per_month = {per_month}, but {found['untimed']:,} logs have no time"
         )
-    )
-    first = ranked.filter(ranked["rank"] == 0)
-    return db.create(
-        "items",
-        first.select(
-            "service",
-            "text",
-            identity=first.item,
-            item=ibis.row_number().over(order_by=[first.service, first.item]),
-        ),
-    )
+    return int(math.ceil(per_month * (found["last"] - found["first"]) / MONTH))
 
 
-Progress = Callable[[str, int, int], None]
-"""Told the stage that begins, how many are done, and how many there are."""
+def _k_core(logs: Any, k: int, steps: _Steps) -> Any:
+    """Drop users and items with fewer than k logs until there are none; what stays is unique."""
+    for rounds in count(1):
+        before = steps.done[-1]["logs"]
+        for what in ("uid", "item"):
+            enough = logs.group_by(what).aggregate(n=_.count()).filter(_.n >= k)
+            logs = logs.semi_join(enough, what)
+        logs = steps.keep("k_core", logs, f"logs.k_core = {k}", rounds=rounds)
+        if rounds > 1:
+            del steps.done[-2]
+        if steps.done[-1]["logs"] == before:
+            return logs
+
+
+def _renumbered(engine: Engine, logs: Any, items: Any) -> tuple[Any, Any]:
+    """Logs and items, with the items that have logs numbered 0, 1, ... in the same order."""
+    kept = items.semi_join(logs, "item")
+    if engine.value(kept.count()) < engine.value(items.count()):
+        numbered = kept.mutate(number=ibis.row_number().over(order_by=_.item))
+        numbered = engine.store("kept_items", numbered)
+        logs = logs.join(numbered.select("item", "number"), "item").drop("item")
+        logs = logs.rename(item="number")
+        items = numbered.drop("item").rename(item="number")
+    return logs, items.rename(service="index")

@@ -5,6 +5,7 @@ corpus is there or not. Its digest is that of its content.
 """
 
 import contextlib
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -26,18 +27,35 @@ from scaling.data.corpus import (
     read_manifest,
     task_digest,
 )
+from scaling.data.engine import DuckDB, Engine, EngineName, Spark
 from scaling.data.logs import Progress
 from scaling.data.recipe import CorpusFile, read_corpus_file
 from scaling.data.scratch import scratch_folder
 from scaling.data.sources import source_files
 from scaling.files import publish, sha256, write_json
 
+MEMORY_OF_CORE = 2 << 30
+"""Memory of the database for each core. [bytes]"""
 
-def prepare(corpus_file: Path, root: Path, *, progress: Progress | None = None) -> Path:
+
+def prepare(
+    corpus_file: Path,
+    root: Path,
+    *,
+    engine: EngineName = "duckdb",
+    memory: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
     """Prepare a corpus, or find it prepared: then only the source's files are looked at.
+
+    Malformed rows are listed in ``root/corpora/<name>.malformed.txt``, whether they were few enough
+    or not.
 
     Args:
         root: the corpus is published below ``root/corpora``.
+        engine: where the relational part runs; the corpus is the same.
+        memory: that DuckDB may use [bytes]; None: 2 GiB for each core, at most half of the
+            machine's.
         progress: told of each stage as it begins.
 
     Returns:
@@ -61,7 +79,9 @@ def prepare(corpus_file: Path, root: Path, *, progress: Progress | None = None) 
         corpora.mkdir(parents=True, exist_ok=True)
         with scratch_folder(corpora) as scratch:
             staged = scratch / "corpus"
-            built = build(file, corpus_file, scratch, staged, report)
+            malformed = corpora / f"{file.name}.malformed.txt"
+            with contextlib.closing(_engine(engine, scratch, memory)) as opened:
+                built = build(opened, file, corpus_file, staged, malformed, report)
             manifest = {**_manifest(file, staged, built), "sources": sources}
             return _publish(staged, corpora / f"{file.name}-{manifest['digest']}", manifest)
     except OSError as e:
@@ -70,6 +90,15 @@ def prepare(corpus_file: Path, root: Path, *, progress: Progress | None = None) 
         ) from e
     except duckdb.Error as e:
         raise CorpusError(f"{corpus_file}: {e}; nothing was published") from e
+
+
+def _engine(name: EngineName, folder: Path, memory: int | None) -> Engine:
+    if name == "spark":
+        return Spark(folder)
+    if memory is None:
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = min(len(os.sched_getaffinity(0)) * MEMORY_OF_CORE, machine // 2)
+    return DuckDB(folder, memory)
 
 
 def find_prepared(root: Path, corpus_file: Path) -> Corpus | None:

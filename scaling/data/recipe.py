@@ -19,7 +19,7 @@ from scaling.config import (
 )
 from scaling.data.sources import source_config
 
-PREPARATION = 1
+PREPARATION = 2
 """Version of the preparation: rises when the same corpus file would give another corpus."""
 
 
@@ -28,14 +28,21 @@ class LogFilters(Frozen):
 
     max_malformed: Share = 0.0
     """Largest share of rows that may be unreadable; above it, preparation refuses."""
-    clean_text: bool = True
-    """Resolve HTML entities (twice: some are escaped twice) and join runs of white space."""
-    drop_untitled: bool = True
-    """Drop logs whose item text is blank; False: refuse them."""
+    clean_text: bool = False
+    """Resolve HTML entities in item texts and join runs of white space."""
+    max_same_text: Share = 0.5
+    """Largest share of a service's items that may have one text; above it, preparation refuses."""
+    drop_untitled: bool = False
+    """Drop logs whose item has no text; False: refuse them."""
     min_rating: float | None = None
     """Drop logs rated lower, and unrated ones; a service without any rating is refused."""
-    deduplicate: Literal["latest", "none"] = "latest"
-    """Of several logs of one user and item keep the latest (the paper keeps one)."""
+    deduplicate: Literal["latest", "none"] = "none"
+    """``latest``: of several logs of one user and item keep the latest (the paper keeps one)."""
+    min_per_month: Positive | None = None
+    """Drop users with fewer logs a month, a mean over the time that all logs cover. The paper drops
+    those below one in two months: 0.5."""
+    k_core: Count | None = None
+    """Drop users and items with fewer logs, over all services, until none is left."""
 
 
 class Users(Frozen):
@@ -64,6 +71,8 @@ class TokenizerConfig(Frozen):
 
     vocab_size: Annotated[int, Field(gt=256, le=1 << 20)] = PAPER_VOCABULARY
     """Entries at most, the pad and service tokens included; small corpora fill fewer."""
+    sample: Count = 500_000
+    """Distinct texts of pretraining it learns from, at most: those of the lowest hashes."""
 
 
 class TaskConfig(Frozen):

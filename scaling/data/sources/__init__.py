@@ -3,26 +3,34 @@
 A source is a module with
 
 - ``Config(Frozen)``: the ``[source]`` table of a corpus file, with ``kind: Literal["its name"]``;
-- ``logs(con, config, base) -> ibis.Table``: the logs, in the schema ``LOG``. ``con`` is an Ibis
-  connection to DuckDB in which it may create tables and views; relative paths of ``config`` start
-  at ``base``, the folder of the corpus file. Nullable columns may be left out;
-- ``files(config, base) -> list[Path]``: what it reads, for the fingerprint of the source. A source
-  that computes its logs has none.
+- ``files(config, base) -> list[Path]``: what it reads, for the fingerprint of the source; relative
+  paths of ``config`` start at ``base``, the folder of the corpus file. A source that computes its
+  logs has none;
+- one of ``rows(config, base) -> Iterator[Log]``, parsed line by line in Python, or
+  ``logs(engine, config, base) -> ibis.Table``, an expression in the engine's database in the schema
+  ``LOG``, of which nullable columns may be left out. It is read more than once.
 
 Rows are in any order: preparation sorts them. A row that cannot be read is not dropped by the
-source: it comes with a ``problem``, and preparation counts and refuses.
+source: it comes with a ``problem``, and preparation counts, sets aside and refuses.
 """
 
+import gzip
 import importlib
 import os
 import re
+import zlib
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 import ibis
+import pyarrow as pa
 
 from scaling.config import ConfigError, Frozen
+from scaling.data.corpus import CorpusError
+from scaling.data.engine import Engine
 
 LOG = {
     "user": "!string",  # who; hashed before anything is stored
@@ -37,9 +45,32 @@ LOG = {
 }
 """Columns of a table of logs and their Ibis types; ``!`` marks what a sound row must have."""
 
+
+class Log(NamedTuple):
+    """A row of the table of logs: columns and order of ``LOG``."""
+
+    user: str | None = None
+    service: str | None = None
+    item: str | None = None
+    text: str | None = None
+    time: int | None = None
+    position: int | None = None
+    rating: float | None = None
+    category: str | None = None
+    problem: str | None = None
+
+
 TIMES = range(4_102_444_800)
 """Times that a log may have, 1970 to 2099 [Unix s]. Outside, it is mostly the unit that is wrong:
 milliseconds read as seconds are of the year 55,000."""
+
+UNREADABLE = (OSError, EOFError, zlib.error)
+"""What reading a file raises that is not there, or is no gzip file or a torn one."""
+
+TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
+SCHEMA = pa.schema([(c, TYPES[t.lstrip("!")]) for c, t in LOG.items()])
+CHUNK = 65_536
+"""Parsed rows handed over at a time."""
 
 KINDS = ("amazon_sequences", "synthetic", "tables")
 
@@ -68,13 +99,62 @@ def source_files(config: Any, base: Path) -> list[Path]:
     return sorted(module.files(config, base)) if hasattr(module, "files") else []
 
 
-def read_logs(con: Any, config: Any, base: Path) -> ibis.Table:
+def read_logs(engine: Engine, config: Any, base: Path) -> ibis.Table:
     """Logs of a source with exactly the columns of ``LOG``, in its types."""
-    table: ibis.Table = source_module(config.kind, "source").logs(con, config, base)
+    module = source_module(config.kind, "source")
+    if hasattr(module, "rows"):
+        return load_rows(engine, "source_rows", module.rows(config, base))
+    table: ibis.Table = module.logs(engine, config, base)
     null = {c: ibis.null().cast(t) for c, t in LOG.items() if c not in table.columns}
     return table.mutate(**null).select(
         *(table[c].cast(t.lstrip("!")) if c in table.columns else c for c, t in LOG.items())
     )
+
+
+def load_rows(engine: Engine, name: str, rows: Iterator[Log]) -> ibis.Table:
+    """Parsed rows as a table of the engine."""
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        while chunk := list(islice(rows, CHUNK)):
+            arrays = [
+                pa.array(c, t) for c, t in zip(zip(*chunk, strict=True), SCHEMA.types, strict=True)
+            ]
+            yield pa.record_batch(arrays, schema=SCHEMA)
+
+    table: ibis.Table = engine.load(name, batches(), SCHEMA)
+    return table
+
+
+def shown(value: object) -> str:
+    """How a wrong value is quoted to people: what looks like a number or a date as it is, anything
+    else by its length alone, since it may be a person's name or words.
+
+    >>> shown("2018-13-01"), shown("Great mug!")
+    ("'2018-13-01'", 'text of 10 characters')
+    """
+    text = value if isinstance(value, str) else str(value)
+    if re.fullmatch(r"[0-9.:+\-/TZeE, ]{0,30}", text):
+        return repr(text)
+    return f"text of {len(text):,} characters"
+
+
+def open_text(path: Path, encoding: str = "utf-8") -> TextIO:
+    """Open a text file, gzipped where its name says so, for reading line by line.
+
+    Bytes that are not of the encoding become lone surrogates: a row with one is a problem.
+
+    Raises:
+        CorpusError: there is no such file, or it is no gzip file though it is named so.
+    """
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as f:
+            f.read(1)
+        file: TextIO = opener(path, "rt", encoding=encoding, errors="surrogateescape", newline="")
+    except UNREADABLE as e:
+        reason = "no such file" if isinstance(e, FileNotFoundError) else f"cannot be read: {e}"
+        raise CorpusError(f"{path}: {reason}") from None
+    return file
 
 
 def resolve(base: Path, path: str) -> Path:

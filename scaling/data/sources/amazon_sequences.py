@@ -9,18 +9,16 @@ The layout of ABXI (Bian et al., WWW 2025), two services numbered 0 and 1:
 Every file may be gzipped. Users keep the number they have in the file: raw ids are not needed.
 """
 
-import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import ibis
-import pyarrow as pa
 from pydantic import Field
 
 from scaling.config import Frozen, Name
 from scaling.data.corpus import CorpusError
-from scaling.data.sources import TIMES, resolve
+from scaling.data.sources import TIMES, UNREADABLE, Log, open_text, resolve, shown
 
 
 class Config(Frozen):
@@ -38,7 +36,7 @@ def files(config: Config, base: Path) -> list[Path]:
     return [resolve(base, p) for p in (config.sequences, config.item_map, *config.titles.values())]
 
 
-def logs(con: Any, config: Config, base: Path) -> ibis.Table:
+def rows(config: Config, base: Path) -> Iterator[Log]:
     """Logs of all users; items without a title have none.
 
     Raises:
@@ -47,68 +45,57 @@ def logs(con: Any, config: Config, base: Path) -> ibis.Table:
     """
     services = tuple(config.titles)
     titles: dict[str, str] = {}
-    problems: list[str] = []
-    for path in config.titles.values():
-        for number, line in enumerate(_lines(resolve(base, path)), 1):
+    for name in config.titles.values():
+        path = resolve(base, name)
+        for number, line in _lines(path):
             asin, tab, title = line.partition("\t")
-            if tab and asin:
-                titles.setdefault(asin, title)
+            if not (tab and asin):
+                yield Log(problem=f"{path}:{number}: not 'asin<TAB>title'")
+            elif not _sound(line):
+                yield Log(problem=f"{path}:{number}: not UTF-8")
             else:
-                problems.append(
-                    f"{resolve(base, path)}:{number}: not 'asin<TAB>title': {line[:60]!r}"
-                )
+                titles.setdefault(asin, title)
     items = _item_map(resolve(base, config.item_map), services)
-    columns: dict[str, list[Any]] = {
-        name: [] for name in ("user", "service", "item", "text", "time", "position", "problem")
-    }
-
-    def add(*row: Any) -> None:
-        for column, value in zip(columns.values(), row, strict=True):
-            column.append(value)
-
-    for number, line in enumerate(_lines(resolve(base, config.sequences)), 1):
+    path = resolve(base, config.sequences)
+    for number, line in _lines(path):
         user, *entries = line.split(" ")
         for position, entry in enumerate(entries):
             try:
                 item, time = (int(x) for x in entry.split("|"))
                 asin, service = items[item]
-                if not user:
-                    raise ValueError("no user")
-                if time not in TIMES:
-                    raise ValueError("time out of range")
-            except (ValueError, KeyError) as e:
-                reason = f"unknown item {e}" if isinstance(e, KeyError) else "not 'item|unixtime'"
-                problems.append(
-                    f"{resolve(base, config.sequences)}:{number}: {reason}: {entry[:60]!r}"
-                )
+            except KeyError as e:
+                yield Log(problem=f"{path}:{number}: unknown item {e}")
+            except ValueError:
+                yield Log(problem=f"{path}:{number}: not 'item|unixtime': {shown(entry)}")
             else:
-                add(user, service, asin, titles.get(asin), time, position, None)
-    for problem in problems:
-        add(*(None,) * 6, problem)
-    types = [pa.string()] * 4 + [pa.int64()] * 2 + [pa.string()]
-    arrays = [pa.array(c, t) for c, t in zip(columns.values(), types, strict=True)]
-    table: ibis.Table = ibis.memtable(pa.table(arrays, names=list(columns)))
-    return table
+                if time not in TIMES:
+                    yield Log(problem=f"{path}:{number}: not a time from 1970 to 2099: {time}")
+                elif not user or not _sound(user):
+                    yield Log(problem=f"{path}:{number}: no user")
+                else:
+                    yield Log(user, service, asin, titles.get(asin), time, position)
 
 
-def _lines(path: Path) -> Any:
-    """Lines of a text file, gzipped where its name says so; invalid UTF-8 becomes U+FFFD."""
-    opener: Any = gzip.open if path.suffix == ".gz" else open
+def _sound(text: str) -> bool:
+    """Whether no byte of a text was out of its encoding."""
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not empty, with their numbers from 1."""
     try:
-        with opener(path, "rt", encoding="utf-8", errors="replace", newline="\n") as f:
-            for line in f:
+        with open_text(path) as f:
+            for number, line in enumerate(f, 1):
                 if line := line.rstrip("\r\n"):
-                    yield line
-    except FileNotFoundError:
-        raise CorpusError(f"{path}: no such file") from None
-    except (OSError, EOFError) as e:
+                    yield number, line
+    except UNREADABLE as e:
         raise CorpusError(f"{path}: cannot be read: {e}") from None
 
 
 def _item_map(path: Path, services: tuple[str, ...]) -> dict[int, tuple[str, str]]:
     """Item number to (asin, service)."""
     try:
-        raw = json.loads("\n".join(_lines(path)))
+        raw = json.loads("\n".join(line for _, line in _lines(path)))
         found = {}
         for asin, (item, service) in raw.items():
             if not (isinstance(item, int) and isinstance(service, int) and service >= 0):

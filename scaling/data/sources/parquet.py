@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from pyarrow import types
 
 from scaling.data.corpus import CorpusError
+from scaling.data.engine import Engine
 from scaling.data.sources import LOG, TIMES
 from scaling.data.sources.layout import FILE, OUTSIDE, UNITS, LogTable, require
 
@@ -19,11 +20,10 @@ ROW = "#row"
 WHOLE = r"^\s*[+-]?\d+\s*$"
 
 
-def parquet_rows(con: Any, path: Path, number: int, table: LogTable) -> tuple[Any, int]:
+def parquet_rows(engine: Engine, path: Path, number: int, table: LogTable) -> tuple[Any, int]:
     """The logs of a file and their number.
 
     Args:
-        con: Ibis connection to DuckDB.
         number: of the file among all.
 
     Raises:
@@ -35,16 +35,11 @@ def parquet_rows(con: Any, path: Path, number: int, table: LogTable) -> tuple[An
             schema, n_rows = file.schema_arrow, file.metadata.num_rows
         require(path, schema.names, table)
         _check_types(path, schema, table)
-        if "file_row_number" in schema.names:  # the database would call its own so
-            found = con.read_parquet(path)
-            row = ibis.row_number()
-        else:
-            found = con.read_parquet(path, file_row_number=True)
-            row = found.file_row_number
+        found = engine.read(path, ROW)
     except (OSError, pa.ArrowException, duckdb.Error) as e:
         reason = str(e).partition("\n")[0]
         raise CorpusError(f"{path}: cannot be read as Parquet: {reason}") from None
-    rows = found.select(*dict.fromkeys(table.wanted), **{ROW: row})
+    rows = found.select(*dict.fromkeys(table.wanted), ROW)
     c = table.columns
 
     def text(column: str | None) -> Any:

@@ -53,6 +53,7 @@ from pydantic import Field, model_validator
 from scipy.special import logsumexp, ndtri
 
 from scaling.config import Count, Fraction, Frozen, Name
+from scaling.data.engine import Engine
 from scaling.packing import spans
 
 Ints = NDArray[np.int64]
@@ -257,18 +258,16 @@ def _vocabulary(config: Config) -> tuple[Any, Any]:
 # --- the table of logs ----------------------------------------------------------------------------
 
 
-def logs(con: Any, config: Config, base: Path) -> ibis.Table:
+def logs(engine: Engine, config: Config, base: Path) -> ibis.Table:
     """All behaviours of the world's users, in the schema of logs.
 
     Behaviours stream into the database as numbers, a block of users at a time, and are joined there
     with their items. ``base`` is not used: there is no file to read.
     """
-    names = [ibis.util.gen_name(f"synthetic_{part}") for part in ("items", "behaviours")]
-    for name, rows in zip(names, (_items(config).to_reader(), _behaviours(config)), strict=True):
-        con.con.register("synthetic_rows", rows)
-        con.con.execute(f"CREATE TABLE {name} AS FROM synthetic_rows")
-        con.con.unregister("synthetic_rows")
-    items, behaviours = (con.table(name) for name in names)
+    table = _items(config)
+    items = engine.load("synthetic_items", table.to_batches(), table.schema)
+    schema = pa.schema((c, pa.int64()) for c in ("user", "number", "time", "position"))
+    behaviours = engine.load("synthetic_behaviours", _behaviours(config, schema), schema)
     return behaviours.join(items, "number").select(
         "service", "item", "text", "time", "position", user=behaviours.user.cast("string")
     )
@@ -293,21 +292,16 @@ def _items(config: Config) -> pa.Table:
     )
 
 
-def _behaviours(config: Config) -> pa.RecordBatchReader:
-    names = ("user", "number", "time", "position")
-
-    def blocks() -> Iterator[pa.RecordBatch]:
-        for start in range(0, config.users, BLOCK):
-            users = np.arange(start, min(start + BLOCK, config.users))
-            for s in range(len(config.all_services)):
-                log = logs_of(config, s, users)
-                lengths = np.diff(log.offsets)
-                number = (s * config.shelves + log.shelves) * config.items_per_interest + log.items
-                position = np.arange(len(number)) - np.repeat(log.offsets[:-1], lengths)
-                columns = (np.repeat(users, lengths), number, log.times, position)
-                yield pa.record_batch([pa.array(c) for c in columns], names=names)
-
-    return pa.RecordBatchReader.from_batches(pa.schema((n, pa.int64()) for n in names), blocks())
+def _behaviours(config: Config, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    for start in range(0, config.users, BLOCK):
+        users = np.arange(start, min(start + BLOCK, config.users))
+        for s in range(len(config.all_services)):
+            log = logs_of(config, s, users)
+            lengths = np.diff(log.offsets)
+            number = (s * config.shelves + log.shelves) * config.items_per_interest + log.items
+            position = np.arange(len(number)) - np.repeat(log.offsets[:-1], lengths)
+            columns = (np.repeat(users, lengths), number, log.times, position)
+            yield pa.record_batch([pa.array(c) for c in columns], schema=schema)
 
 
 # --- the floor ------------------------------------------------------------------------------------

@@ -10,31 +10,24 @@ import glob
 import gzip
 import json
 import math
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import ibis
-import pyarrow as pa
 from pydantic import Field
 
 from scaling.config import Frozen
 from scaling.data.corpus import CorpusError
-from scaling.data.sources import LOG, TIMES, resolve
+from scaling.data.engine import Engine
+from scaling.data.sources import TIMES, UNREADABLE, Log, load_rows, resolve, shown
 from scaling.data.sources.layout import FILE, OUTSIDE, UNITS, LogTable, require
 from scaling.data.sources.parquet import parquet_rows
 
-CHUNK = 65_536
 SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl"}
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
-UNREADABLE = (OSError, EOFError, zlib.error)
-"""What reading a file raises that is not there, or is no gzip file or a torn one."""
-TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64()}
-SCHEMA = pa.schema([(c, TYPES[t.lstrip("!")]) for c, t in LOG.items()])
 
 
 class Config(Frozen):
@@ -61,7 +54,7 @@ def _files(table: LogTable, base: Path) -> list[Path]:
     return found
 
 
-def logs(con: Any, config: Config, base: Path) -> ibis.Table:
+def logs(engine: Engine, config: Config, base: Path) -> ibis.Table:
     """Logs of all tables; rows that cannot be read have a ``problem``.
 
     Raises:
@@ -81,14 +74,14 @@ def logs(con: Any, config: Config, base: Path) -> ibis.Table:
             if kind is None:
                 raise CorpusError(f"{path}: format unknown; set format = parquet, csv or jsonl")
             if kind == "parquet":
-                part, n_rows = parquet_rows(con, path, number, table)
+                part, n_rows = parquet_rows(engine, path, number, table)
                 parts.append(part)
                 of.rows += n_rows
             else:
                 texts.append((number, path, kind, of))
             number += 1
     if texts:
-        parts.append(_texts(con, texts))
+        parts.append(load_rows(engine, "source_texts", _texts(texts)))
     for of in found:
         where = ", ".join(of.table.files)
         if not of.rows:
@@ -111,25 +104,13 @@ class _Found:
     """Mapped columns that no row of text files had so far; None: there was no whole row yet."""
 
 
-def _texts(con: Any, parts: list[tuple[int, Path, str, _Found]]) -> Any:
-    """Rows of CSV and JSON lines files, streamed into the database."""
+def _texts(parts: list[tuple[int, Path, str, _Found]]) -> Iterator[Log]:
+    """Rows of CSV and JSON lines files."""
     for _, path, kind, found in parts:
         _check_start(path, kind, found.table)
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for number, path, kind, found in parts:
-            read = _csv if kind == "csv" else _jsonl
-            yield from _parsed(number, path, found, read(path, found.table))
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        iterator = rows()
-        while chunk := list(islice(iterator, CHUNK)):
-            yield pa.RecordBatch.from_pylist(chunk, schema=SCHEMA)
-
-    con.con.register("text_rows", pa.RecordBatchReader.from_batches(SCHEMA, batches()))
-    con.raw_sql("CREATE TABLE source_tables AS SELECT * FROM text_rows")
-    con.con.unregister("text_rows")
-    return con.table("source_tables")
+    for number, path, kind, found in parts:
+        read = _csv if kind == "csv" else _jsonl
+        yield from _parsed(number, path, found, read(path, found.table))
 
 
 Raw = tuple[int, dict[str, Any] | str]
@@ -212,7 +193,7 @@ def _jsonl(path: Path, table: LogTable) -> Iterator[Raw]:
         yield number + 1, f"cannot be read further: {e}"
 
 
-def _parsed(number: int, path: Path, found: _Found, raw: Iterator[Raw]) -> Iterator[dict[str, Any]]:
+def _parsed(number: int, path: Path, found: _Found, raw: Iterator[Raw]) -> Iterator[Log]:
     for index, (line, values) in enumerate(raw):
         found.rows += 1
         try:
@@ -222,29 +203,22 @@ def _parsed(number: int, path: Path, found: _Found, raw: Iterator[Raw]) -> Itera
                 found.unseen = set(found.table.wanted)
             if found.unseen:
                 found.unseen -= values.keys()
-            row = _row(values, found.table)
-            row["position"] = number * FILE + index
-            yield row
+            yield _row(values, found.table)._replace(position=number * FILE + index)
         except ValueError as e:
-            yield {"problem": f"{path}:{line}: {e}".encode(errors="replace").decode()}
+            yield Log(problem=f"{path}:{line}: {e}")
 
 
-def _row(values: dict[str, Any], table: LogTable) -> dict[str, Any]:
+def _row(values: dict[str, Any], table: LogTable) -> Log:
     c = table.columns
-    row: dict[str, Any] = {
-        "user": _text(values, c.user, "user"),
-        "service": _text(values, c.service, "service") if c.service else table.service,
-        "text": _text(values, c.text),
-    }
-    if c.item:
-        row["item"] = _text(values, c.item, "item")
-    if c.time:
-        row["time"] = _time(values.get(c.time), table.time_unit)
-    if c.rating:
-        row["rating"] = _rating(values.get(c.rating))
-    if c.category:
-        row["category"] = _text(values, c.category)
-    return row
+    return Log(
+        user=_text(values, c.user, "user"),
+        service=_text(values, c.service, "service") if c.service else table.service,
+        item=_text(values, c.item, "item") if c.item else None,
+        text=_text(values, c.text),
+        time=_time(values.get(c.time), table.time_unit) if c.time else None,
+        rating=_rating(values.get(c.rating)) if c.rating else None,
+        category=_text(values, c.category) if c.category else None,
+    )
 
 
 def _text(values: dict[str, Any], column: str, required: str = "") -> str | None:
@@ -254,12 +228,12 @@ def _text(values: dict[str, Any], column: str, required: str = "") -> str | None
             raise ValueError(f"no {required} ({column!r} is empty)")
         return None
     if isinstance(value, dict | list | bool | float):
-        raise ValueError(f"{column!r} is no text or whole number: {value!r:.60}")
+        raise ValueError(f"{column!r} is no text or whole number: {shown(value)}")
     text = str(value)
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{column!r} is not valid text: {text!a:.60}") from None
+        raise ValueError(f"{column!r} is not valid text") from None
     return text
 
 
@@ -279,9 +253,9 @@ def _time(value: Any, time_unit: str) -> int:
         if isinstance(value, bool):
             raise ValueError
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"not a time: {value!r:.60}") from None
+        raise ValueError(f"not a time: {shown(value)}") from None
     if time not in TIMES:
-        raise ValueError(f"{OUTSIDE} (time_unit = {time_unit!r}): {value!r:.60}")
+        raise ValueError(f"{OUTSIDE} (time_unit = {time_unit!r}): {shown(value)}")
     return time
 
 
@@ -291,5 +265,5 @@ def _rating(value: Any) -> float | None:
     try:
         rating = float(value)
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f"not a rating: {value!r:.60}") from None
+        raise ValueError(f"not a rating: {shown(value)}") from None
     return rating if math.isfinite(rating) else None

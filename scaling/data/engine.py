@@ -1,0 +1,228 @@
+"""Engines: where the relational part of a preparation runs.
+
+The program (``logs.py``) is written once, in Ibis. Both engines run it and give the same bytes:
+DuckDB on one machine, larger than memory, and Spark on as many as a cluster has. What is not
+relational leaves the engine as Parquet in a total order, and comes back as Parquet.
+"""
+
+import abc
+import contextlib
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ibis
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from scaling.data.corpus import CorpusError
+
+CHUNK = 1 << 20
+"""Rows handed over at a time."""
+EngineName = Literal["duckdb", "spark"]
+
+
+class Engine(abc.ABC):
+    """A database for one preparation.
+
+    Attributes:
+        con: Ibis connection, for expressions that read.
+        folder: scratch folder, which the caller removes.
+    """
+
+    con: Any
+    folder: Path
+
+    @abc.abstractmethod
+    def store(self, name: str, table: Any) -> Any:
+        """Keep the rows of an expression, in any order, as a table."""
+
+    @abc.abstractmethod
+    def drop(self, name: str) -> None:
+        """Remove what ``store`` or ``load`` keeps under a name."""
+
+    @abc.abstractmethod
+    def read(self, path: Path, row: str | None = None) -> Any:
+        """The rows of a Parquet file, or of a folder of them.
+
+        Args:
+            row: name of a further column: the number of the row in its file, from 0.
+        """
+
+    @abc.abstractmethod
+    def write(self, table: Any, path: Path) -> None:
+        """Write an expression as Parquet, in its order: a file, or a folder whose sorted files
+        follow each other."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Let go of the database."""
+
+    def load(self, name: str, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Any:
+        """Keep batches of rows as a table, whatever their number."""
+        path = self.folder / f"{name}.parquet"
+        with pq.ParquetWriter(path, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        return self.read(path)
+
+    def rows(self, table: Any) -> list[dict[str, Any]]:
+        """The rows of a small table."""
+        found: list[dict[str, Any]] = self.con.to_pyarrow(table).to_pylist()
+        return found
+
+    def value(self, expression: Any) -> Any:
+        """The value of a scalar expression."""
+        return self.con.to_pyarrow(expression).as_py()
+
+    def stream(
+        self, table: Any, columns: tuple[str, ...], order: tuple[str, ...]
+    ) -> Iterator[tuple[NDArray[Any], ...]]:
+        """Rows in order (nulls first), as numpy arrays of up to ``CHUNK`` rows."""
+        rows = table.select(*dict.fromkeys(columns + order))
+        rows = rows.order_by([ibis.asc(c, nulls_first=True) for c in order])
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            path = Path(folder) / "rows.parquet"
+            self.write(rows, path)
+            for part in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
+                with pq.ParquetFile(part) as file:
+                    for batch in file.iter_batches(CHUNK, columns=list(columns)):
+                        yield tuple(batch[c].to_numpy(zero_copy_only=False) for c in columns)
+
+    def fetch(
+        self, table: Any, columns: Mapping[str, Any], order: tuple[str, ...]
+    ) -> list[NDArray[Any]]:
+        """Whole columns in order, in the given types."""
+        chunks = [
+            tuple(a.astype(t) for a, t in zip(arrays, columns.values(), strict=True))
+            for arrays in self.stream(table, tuple(columns), order)
+        ]
+        return [
+            np.concatenate([c[i] for c in chunks]) if chunks else np.zeros(0, t)
+            for i, t in enumerate(columns.values())
+        ]
+
+
+class DuckDB(Engine):
+    """DuckDB on a file in the scratch folder; it spills there when memory is short.
+
+    Args:
+        memory: of the database [bytes]; None: DuckDB's own choice, four fifths of the machine's.
+    """
+
+    def __init__(self, folder: Path, memory: int | None = None):
+        self.folder = folder
+        limit = {} if memory is None else {"memory_limit": f"{memory}B"}
+        self.con = ibis.duckdb.connect(
+            folder / "scratch.duckdb",
+            temp_directory=str(folder / "spill"),
+            preserve_insertion_order=False,
+            **limit,
+        )
+
+    def store(self, name: str, table: Any) -> Any:
+        """As the base class says."""
+        return self.con.create_table(name, table)
+
+    def drop(self, name: str) -> None:
+        """As the base class says. Spelt out: Ibis 12 leaves out the name with some sqlglots."""
+        path = self.folder / f"{name}.parquet"
+        if path.exists():
+            path.unlink()
+        else:
+            self.con.raw_sql(f'DROP TABLE "{name}"')
+
+    def read(self, path: Path, row: str | None = None) -> Any:
+        """As the base class says."""
+        if row is None:
+            return self.con.read_parquet(path)
+        return self.con.read_parquet(path, file_row_number=True).rename({row: "file_row_number"})
+
+    def write(self, table: Any, path: Path) -> None:
+        """As the base class says."""
+        table.to_parquet(path)
+
+    def close(self) -> None:
+        """As the base class says."""
+        self.con.disconnect()
+
+
+class Spark(Engine):
+    """Apache Spark through PySpark: the session that is configured, else one on this machine.
+
+    Its executors must see the scratch folder under the same path.
+
+    Raises:
+        CorpusError: PySpark is not installed, or no session can be had.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            from pyspark.sql import SparkSession
+        except ImportError:
+            raise CorpusError(
+                "engine spark: PySpark is not installed; run: pip install 'clue-scaling[spark]'"
+            ) from None
+        try:
+            with _quiet():
+                self.session = (
+                    SparkSession.builder.appName("clue-scaling prepare")
+                    .config("spark.sql.session.timeZone", "UTC")
+                    .getOrCreate()
+                )
+                self.con = ibis.pyspark.connect(self.session)
+        except Exception as e:
+            raise CorpusError(f"engine spark: no session: {e!s:.300}") from None
+
+    def store(self, name: str, table: Any) -> Any:
+        """As the base class says. Written out, so that a long plan is not run again."""
+        path = self.folder / f"{name}.parquet"
+        self.write(table, path)
+        return self.read(path)
+
+    def drop(self, name: str) -> None:
+        """As the base class says."""
+        path = self.folder / f"{name}.parquet"
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def read(self, path: Path, row: str | None = None) -> Any:
+        """As the base class says."""
+        frame = self.session.read.parquet(path.absolute().as_uri())
+        if row is not None:
+            frame = frame.selectExpr("*", f"_metadata.row_index AS `{row}`")
+        view = ibis.util.gen_name("parquet")
+        frame.createOrReplaceTempView(view)
+        return self.con.table(view)
+
+    def write(self, table: Any, path: Path) -> None:
+        """As the base class says."""
+        with _quiet():
+            frame = self.session.sql(self.con.compile(table))
+            frame.write.parquet(path.absolute().as_uri(), mode="errorifexists")
+
+    def rows(self, table: Any) -> list[dict[str, Any]]:
+        """As the base class says."""
+        with _quiet():
+            return super().rows(table)
+
+    def value(self, expression: Any) -> Any:
+        """As the base class says."""
+        with _quiet():
+            return super().value(expression)
+
+    def close(self) -> None:
+        """As the base class says: a session may have other users, so it goes on."""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PySpark's warning about releases of pandas, which is not used here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas")
+        yield
