@@ -1,0 +1,163 @@
+"""Rows of delimited text, and what a source makes of them: shared by the sources of public sets."""
+
+import csv
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from scaling.data.corpus import CorpusError
+from scaling.data.sources import TIMES, UNREADABLE, Log, open_text, shown
+
+Row = tuple[int, list[str] | str]
+"""Line, from 1, and the row's values, or the reason why it has none."""
+
+
+def find(folder: Path, *names: str) -> Path:
+    """The first of some files that is in a folder, plain or with ``.gz`` behind its name.
+
+    Raises:
+        CorpusError: none is.
+    """
+    for name in names:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.is_file():
+                return path
+    raise CorpusError(f"{folder}: holds no {' or '.join(names)}, plain or .gz")
+
+
+def csv_rows(path: Path, columns: Sequence[str], *, tabs: bool = False) -> Iterator[Row]:
+    """Rows of a table with a header.
+
+    Args:
+        columns: whose values to give, in this order.
+        tabs: separated by tabs and without quotes, else CSV.
+
+    Raises:
+        CorpusError: the file is missing or torn, or lacks a column.
+    """
+    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    with open_text(path, "utf-8-sig") as f:
+        reader = csv.reader(f, **form)
+        try:
+            header = next(reader, [])
+        except csv.Error:
+            header = []
+        except UNREADABLE as e:
+            raise CorpusError(f"{path}: cannot be read: {e}") from None
+        places = column_places(path, header, columns)
+        while True:
+            line = reader.line_num + 1
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as e:
+                yield line, f"no row: {e}"
+                continue
+            except UNREADABLE as e:
+                raise CorpusError(f"{path}: cannot be read to its end: {e}") from None
+            if len(fields) == len(header):
+                yield line, [fields[i] for i in places]
+            elif fields:
+                yield line, f"{len(fields)} fields, the header has {len(header)}"
+
+
+def column_places(path: Path, header: Sequence[str], columns: Sequence[str]) -> list[int]:
+    """Where the columns are in a header.
+
+    Raises:
+        CorpusError: one is not. The line is not shown: it may be a row of somebody's.
+    """
+    if missing := [c for c in columns if c not in header]:
+        raise CorpusError(
+            f"{path}: its first line names no column {', '.join(map(repr, missing))}; "
+            f"needed: {', '.join(columns)}"
+        )
+    return [header.index(c) for c in columns]
+
+
+def parsed(
+    path: Path,
+    rows: Iterable[Row],
+    parse: Callable[..., Log | None],
+    *,
+    latin_1: bool = False,
+) -> Iterator[Log]:
+    """The logs of rows, and a problem for each row that is none.
+
+    Args:
+        parse: of the line and the values. None is no log; a ``ValueError`` tells the problem, and
+            must quote values by ``shown``.
+        latin_1: read rows that are not UTF-8 as ISO-8859-1.
+    """
+    for line, values in rows:
+        try:
+            if isinstance(values, str):
+                raise ValueError(values)
+            log = parse(line, *_valid(values, latin_1))
+        except ValueError as e:
+            yield Log(problem=f"{path}:{line}: {e}")
+        else:
+            if log is not None:
+                yield log
+
+
+def _valid(values: list[str], latin_1: bool) -> list[str]:
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        if not latin_1:
+            raise ValueError("not UTF-8") from None
+        return [v.encode(errors="surrogateescape").decode("latin-1") for v in values]
+    return values
+
+
+def known(value: str, name: str) -> str:
+    """A text that must be there."""
+    if not value.strip():
+        raise ValueError(f"no {name}")
+    return value
+
+
+def number_id(value: str, name: str) -> str:
+    """An id that is a number."""
+    if not re.fullmatch(r"[0-9]{1,20}", value):
+        raise ValueError(f"{name} is no number: {shown(value)}" if value else f"no {name}")
+    return value
+
+
+def whole_number(value: str, name: str) -> int:
+    """A whole number."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", value):
+        raise ValueError(f"{name} is no whole number: {shown(value)}")
+    return int(value)
+
+
+def finite_number(value: str, name: str) -> float:
+    """A finite number."""
+    try:
+        found = float(value)
+    except ValueError:
+        found = float("nan")
+    if not isfinite(found):
+        raise ValueError(f"{name} is no number: {shown(value)}")
+    return found
+
+
+def unix_time(value: str) -> int:
+    """A time given in Unix seconds, or by ISO 8601 (UTC where it says no zone). [Unix s]"""
+    try:
+        if re.fullmatch(r"-?[0-9]{9,18}", value):
+            time = int(value)
+        else:
+            moment = datetime.fromisoformat(value)
+            moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+            time = int(moment.timestamp() // 1)
+    except (ValueError, OverflowError):
+        raise ValueError(f"not a time: {shown(value)}") from None
+    if time not in TIMES:
+        raise ValueError(f"not a time from 1970 to 2099: {shown(value)}")
+    return time
