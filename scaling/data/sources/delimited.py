@@ -150,7 +150,7 @@ def finite_number(value: str, name: str) -> float:
 def unix_time(value: str) -> int:
     """A time given in Unix seconds, or by ISO 8601 (UTC where it says no zone). [Unix s]"""
     try:
-        if re.fullmatch(r"-?[0-9]{9,18}", value):
+        if re.fullmatch(r"-?[0-9]{1,18}", value):
             time = int(value)
         else:
             moment = datetime.fromisoformat(value)
