@@ -35,7 +35,9 @@ class Verbs(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names of the verbs, in the order of the work."""
-        return sorted(super().list_commands(ctx), key=(*VERBS, "info", "verify", "floor").index)
+        return sorted(
+            super().list_commands(ctx), key=(*VERBS, "info", "compare", "verify", "floor").index
+        )
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         """Read the arguments; exit status 130 after Ctrl-C, as everywhere."""

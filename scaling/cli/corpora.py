@@ -1,17 +1,23 @@
 """Verbs on corpora."""
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from scaling import ClueError
 from scaling.cli.app import WORK, Json, Root, Verbs, app
-from scaling.cli.terminal import cell, print_json, progress
+from scaling.cli.terminal import cell, print_json, print_table, progress
 
 CorpusFile = Annotated[Path, typer.Argument(help="Corpus file (TOML).")]
 CorpusName = Annotated[str, typer.Argument(help="Name of a prepared corpus, or its digest.")]
+LENGTHS = ("mean", "min", "p10", "p25", "p50", "p75", "p90", "p99", "max")
+SPREAD = (
+    "service", "users", "behaviours", "tokens", "vocabulary", "items", "top_1pct", "top_10pct",
+    "gini",
+)  # fmt: skip
+PADDED = ("service", "tokens", "to_longest", "avoided_to_longest", "to_caps", "avoided_to_caps")
+OVERLAP = ("service", "other", "users", "texts", "shared_texts", "logs_on_shared")
 
 corpus_app = typer.Typer(
     cls=Verbs, help="Look into prepared corpora.", no_args_is_help=True, rich_markup_mode=None
@@ -39,28 +45,91 @@ def prepare(corpus_file: CorpusFile, root: Root = WORK) -> None:
 
 
 @corpus_app.command()
-def info(name: CorpusName, root: Root = WORK, as_json: Json = False) -> None:
+def info(
+    name: CorpusName,
+    root: Root = WORK,
+    full: Annotated[
+        bool, typer.Option("--full", help="Read the logs too: popularity, padding, overlap.")
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Users of the batches whose padding --full counts.")
+    ] = 256,
+    items_per_user: Annotated[
+        int, typer.Option(min=1, help="Cap on a user's items, per service, in these batches.")
+    ] = 128,
+    as_json: Json = False,
+) -> None:
     """Say what a prepared corpus holds.
+
+    At once from its manifest; with --full, what only reading the logs tells.
 
     \b
     Example:
         clue-scaling corpus info demo
+        clue-scaling corpus info demo --full
     """
     from scaling.data.corpus import Corpus
+    from scaling.data.statistics import summary, survey
 
-    found = [Corpus.open(path).info() for path in _corpora(root, name)]
+    records = []
+    for corpus in map(Corpus.open, _corpora(root, name)):
+        records.append(summary(corpus))
+        if full:
+            with progress("read") as update:
+                records[-1]["logs"] = survey(corpus, batch_size, items_per_user, update)
+    if as_json:
+        print_json(records)
+        return
+    for i, record in enumerate(records):
+        typer.echo("\n" * bool(i), nl=False)
+        _print_summary(record)
+        if full:
+            _print_survey(record)
+
+
+@corpus_app.command()
+def compare(
+    names: Annotated[
+        list[str], typer.Argument(help="Prepared corpora; the first one's tokenizer is used.")
+    ],
+    root: Root = WORK,
+    as_json: Json = False,
+) -> None:
+    """Say how alike corpora, their services and their tasks are.
+
+    Kendall's tau-b of their token distributions (Shin et al. 2023, Figure 5), over the tokens of
+    either (union), of both (intersection) and the 1,000 most frequent of a (top_1000).
+
+    \b
+    Example:
+        clue-scaling corpus compare demo
+        clue-scaling corpus compare demo <OTHER>
+    """
+    from scaling.data.corpus import Corpus
+    from scaling.data.domains import VARIANTS
+    from scaling.data.domains import compare as measure
+
+    paths = dict.fromkeys(path for name in names for path in _corpora(root, name))
+    with progress("read") as update:
+        found = measure([Corpus.open(path) for path in paths], update)
     if as_json:
         print_json(found)
         return
-    for corpus in found:
-        for key, value in corpus.items():
-            shown = json.dumps(value) if isinstance(value, dict | list) else cell(value)
-            typer.echo(f"{key:<22}{shown}")
+    typer.echo(f"tokens of {found['tokenizer']}")
+    print_table(found["domains"], ["domain", "behaviours", "tokens", "vocabulary"])
+    typer.echo("\nKendall's tau-b")
+    pairs: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in found["pairs"]:
+        pair = pairs.setdefault((row["a"], row["b"]), {"a": row["a"], "b": row["b"]})
+        pair[row["variant"]] = row["tau_b"]
+    print_table([*pairs.values()], ["a", "b", *VARIANTS])
 
 
 @corpus_app.command()
 def verify(name: CorpusName, root: Root = WORK) -> None:
-    """Read a corpus through and check every digest.
+    """Read a corpus through and check digests, structure and tasks.
+
+    Exit status 2 says that it is not whole; every fault found is a line.
 
     \b
     Example:
@@ -69,7 +138,8 @@ def verify(name: CorpusName, root: Root = WORK) -> None:
     from scaling.data.corpus import Corpus
 
     for path in _corpora(root, name):
-        Corpus.open(path).verify()
+        with progress("verify") as update:
+            Corpus.open(path).verify(update)
         typer.echo(f"{path}: whole")
 
 
@@ -120,3 +190,86 @@ def _corpora(root: Path, name: str) -> list[Path]:
         return found
     names = ", ".join(p.name for p in there) or "none"
     raise CorpusError(f"{root / 'corpora'}: no corpus {name!r}; prepared: {names}")
+
+
+def _print_summary(corpus: dict[str, Any]) -> None:
+    """A corpus in lines, and tables of its lengths and of what each step of cleaning left."""
+    users, behaviours = corpus["users"], sum(corpus["behaviours"].values())
+    per_item = corpus["tokens_per_item"]
+    transfer = [s for s in corpus["services"] if s not in corpus["pretraining_services"]]
+    for key, said in {
+        "corpus": f"{corpus['name']}-{corpus['digest']}",
+        "folder": f"{corpus['path']} ({_size(corpus['bytes'])})",
+        "services": ", ".join(corpus["pretraining_services"])
+        + (f"; for transfer only: {', '.join(transfer)}" if transfer else ""),
+        "users": ", ".join(f"{cell(n)} {split}" for split, n in users.items()),
+        "behaviours": f"{cell(behaviours)} of pretraining users, "
+        f"{cell(behaviours / users['pretraining'])} a user",
+        "tokens": f"{cell(corpus['tokens'])} in these, {cell(per_item['mean'])} a behaviour, "
+        f"the service's token included",
+        "items": f"{cell(corpus['items'])} of all services",
+        "vocabulary": f"{cell(corpus['vocab_size'])} tokens",
+        "tasks": ", ".join(corpus["tasks"]) or "none",
+    }.items():
+        typer.echo(f"{key:<12}{said}")
+    typer.echo()
+    rows = [
+        {"length": f"logs of a user, {service}", **lengths}
+        for service, lengths in corpus["items_per_user"].items()
+    ]
+    print_table([*rows, {"length": "tokens of a behaviour", **per_item}], ["length", *LENGTHS])
+    typer.echo("\nleft by each step of preparation")
+    keys = (key for step in corpus["steps"] for key in step)
+    print_table(corpus["steps"], list(dict.fromkeys(["step", *keys])))
+
+
+def _print_survey(corpus: dict[str, Any]) -> None:
+    """What was read from the logs, as tables."""
+    logs = corpus["logs"]
+    services = {**logs["services"], "all": logs["all"]}
+    typer.echo("\nlogs of pretraining users, and how they spread over the items that have any")
+    print_table([{"service": s, **row} for s, row in services.items()], SPREAD)
+    _print_histograms("logs of a user: share of users", corpus["items_per_user"])
+    tokens = {s: row["tokens_per_item"] for s, row in services.items()}
+    _print_histograms("tokens of a behaviour: share of behaviours", tokens)
+    padding = logs["padding"]
+    typer.echo(
+        f"\nslots of padded batches of {cell(padding['batch_size'])} users, at most "
+        f"{cell(padding['items_per_user'])} items a service, and the share that packing avoids"
+    )
+    print_table([{"service": s, **padding[s]} for s in services], PADDED)
+    if logs["overlap"]:
+        typer.echo("\ntexts of a service's items that are also another's, and its logs on them")
+        print_table(logs["overlap"], OVERLAP)
+    if logs["tasks"]:
+        typer.echo("\ntasks")
+        rows = [{"task": task, **row} for task, row in logs["tasks"].items()]
+        print_table(rows, ["task", "service", "users", "pretrained_users", "targets"])
+
+
+def _print_histograms(title: str, described: dict[str, dict[str, Any]]) -> None:
+    """Histograms side by side: their bins begin at the same numbers."""
+    rows: dict[int, dict[str, Any]] = {}
+    for name, lengths in described.items():
+        total = sum(count for *_, count in lengths["histogram"])
+        for first, last, count in lengths["histogram"]:
+            row = rows.setdefault(first, {"last": last})
+            row["last"] = max(row["last"], last)
+            row[name] = count / total
+    typer.echo(f"\n{title}")
+    shown = [
+        {
+            "length": str(first) if row["last"] == first else f"{first}-{row['last']}",
+            **{name: row.get(name, 0.0) for name in described},
+        }
+        for first, row in sorted(rows.items())
+    ]
+    print_table(shown, ["length", *described])
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.3g} TB"

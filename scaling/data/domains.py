@@ -5,7 +5,8 @@ which tokens it ranks, and the number depends on it, so that each is stored with
 
 - ``union``: tokens that occur in either domain; those of one alone count as 0 in the other;
 - ``intersection``: tokens that occur in both;
-- ``top_1000``: the 1,000 tokens with the largest sum of their shares in the two.
+- ``top_1000``: the 1,000 most frequent tokens of the first domain. Chosen by both, by the sum of
+  their shares, say, the rare in one would be frequent in the other, and tau too low.
 
 Ranks of tokens compare only where both domains were cut into tokens by the same rules, as the
 paper's were by one tokenizer. Strings of two tokenizers' tokens do not: "kitchen" is one token here
@@ -137,8 +138,7 @@ def tau_b(a: Ints, b: Ints, variant: str) -> dict[str, Any]:
     from scipy.stats import kendalltau  # a second to import
 
     if variant == "top_1000":
-        shares = a / max(a.sum(), 1) + b / max(b.sum(), 1)
-        kept = np.argsort(-shares, kind="stable")[: min(TOP, np.count_nonzero(shares))]
+        kept = np.argsort(-a, kind="stable")[: min(TOP, np.count_nonzero(a))]
     else:
         both = (a > 0) & (b > 0) if variant == "intersection" else (a > 0) | (b > 0)
         kept = np.flatnonzero(both)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling.config import MAX_ITEMS, MAX_TOKENS
-from scaling.data.corpus import BLOCK, Corpus, Reading, blocks
+from scaling.data.corpus import BLOCK, SPLITS, Corpus, Reading, blocks
 from scaling.data.tasks import Task
 from scaling.packing import spans
 
@@ -44,7 +44,7 @@ def summary(corpus: Corpus) -> dict[str, Any]:
         "bytes": sum(r["bytes"] for r in m["files"].values()),
         "services": list(corpus.services),
         "pretraining_services": list(card.services),
-        "users": m["splits"],
+        "users": {s: m["splits"][s] for s in SPLITS},
         "items": corpus.n_items,
         "vocab_size": card.vocab_size,
         "pool_digest": card.pool.digest if card.pool else None,
