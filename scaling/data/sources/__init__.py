@@ -72,7 +72,17 @@ SCHEMA = pa.schema([(c, TYPES[t.lstrip("!")]) for c, t in LOG.items()])
 CHUNK = 65_536
 """Parsed rows handed over at a time."""
 
-KINDS = ("amazon_sequences", "synthetic", "tables")
+KINDS = (
+    "amazon_reviews",
+    "amazon_sequences",
+    "complete_journey",
+    "lastfm",
+    "movielens",
+    "online_retail",
+    "recbole",
+    "synthetic",
+    "tables",
+)
 
 
 def source_module(kind: Any, where: str) -> ModuleType:

@@ -52,6 +52,9 @@ class Config(Frozen):
     user: Literal["invoice", "customer"]
     """Whose log a row is. UniSRec and LMRec count invoices. A row that names no customer is in
     nobody's log and left out where customers are the users."""
+    described: bool = False
+    """Leave out rows without a description. Else they are untitled, and preparation gives them the
+    text that other rows have for their code."""
     cancellations: bool = True
     """False: leave out invoices whose number begins with C."""
     positive_quantity: bool = False
@@ -59,8 +62,7 @@ class Config(Frozen):
     positive_price: bool = False
     """Leave out rows of price 0 or less: gifts and corrections."""
     unique: tuple[Literal["invoice", "customer", "item", "quantity", "minute"], ...] = ()
-    """Of several rows equal in all of these, keep the first; of those with a description and of
-    those without. None named: keep all."""
+    """Of several rows equal in all of these, keep the first. None named: keep all."""
 
 
 def files(config: Config, base: Path) -> list[Path]:
@@ -101,14 +103,14 @@ def rows(config: Config, base: Path) -> Iterator[Log]:
         cost = finite_number(price, "unit price")
         if (
             (config.user == "customer" and not customer.strip())
+            or (config.described and not text.strip())
             or (not config.cancellations and invoice[:1] in "Cc")
             or (config.positive_quantity and int(quantity) <= 0)
             or (config.positive_price and cost <= 0)
         ):
             return None
         if config.unique:
-            # A row without a description must not stand for one that has it.
-            key = (not text.strip(), *(row[part] for part in config.unique))
+            key = tuple(row[part] for part in config.unique)
             if key in seen:
                 return None
             seen.add(key)
