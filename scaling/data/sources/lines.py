@@ -13,7 +13,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     Raises:
         CorpusError: the file is missing, torn, or no gzip though it is named so.
     """
-    with open_text(path) as file:
+    with open_text(path, "utf-8-sig") as file:
         try:
             for number, line in enumerate(file, 1):
                 if line := line.rstrip("\r\n"):

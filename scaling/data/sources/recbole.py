@@ -14,7 +14,6 @@ Formats (Zhao et al., CIKM 2021, recbole.io/docs/user_guide/data/atomic_files.ht
 Nothing is quoted: a quotation mark is one.
 """
 
-import math
 import re
 from collections.abc import Iterator
 from itertools import count
@@ -26,6 +25,7 @@ from pydantic import Field, model_validator
 from scaling.config import Frozen, Name
 from scaling.data.corpus import CorpusError
 from scaling.data.sources import TIMES, Log, resolve, shown
+from scaling.data.sources.delimited import finite_number, known
 from scaling.data.sources.lines import read_lines, whole
 
 HEADER = re.compile(r"\w+:(token|token_seq|float|float_seq)", re.ASCII)
@@ -136,7 +136,7 @@ class _Reader:
             values = dict(zip(names, line.split("\t", len(names) - 1), strict=False))
             try:
                 whole(line, "the line")
-                item = _identity(values, "item_id")
+                item = known(values.get("item_id", ""), "item_id")
             except ValueError as e:
                 yield Log(problem=f"{path}:{number}: {e}")
                 continue
@@ -150,9 +150,13 @@ class _Reader:
         for number, line in lines:
             try:
                 values = _fields(line, names)
-                user, item = _identity(values, "user_id"), _identity(values, "item_id")
-                rating = _number(values, "rating") if values.get("rating") else None
-                time = _time(values) if "timestamp" in values else None
+                user, item = (
+                    known(values["user_id"], "user_id"),
+                    known(values["item_id"], "item_id"),
+                )
+                rated = values.get("rating")
+                rating = finite_number(rated, "rating") if rated else None
+                time = _time(values["timestamp"]) if "timestamp" in values else None
                 log = self._log(user, item, time, rating)
             except ValueError as e:
                 log = Log(problem=f"{path}:{number}: {e}")
@@ -165,7 +169,10 @@ class _Reader:
         for number, line in lines:
             try:
                 values = _fields(line, names)
-                user, item = _identity(values, "user_id"), _identity(values, "item_id")
+                user, item = (
+                    known(values["user_id"], "user_id"),
+                    known(values["item_id"], "item_id"),
+                )
                 row = Row(number, user, values["item_id_list"].split(), item)
             except ValueError as e:
                 yield Log(problem=f"{path}:{number}: {e}")
@@ -232,10 +239,10 @@ def _index(path: Path, raw: dict[str, str]) -> Iterator[Log]:
     for line, text in read_lines(path):
         try:
             values = _fields(text, ["raw id", "number"])
-            number = _identity(values, "number")
+            number = known(values["number"], "number")
             if number in raw:
                 raise ValueError(f"number {shown(number)} is there twice")
-            raw[number] = _identity(values, "raw id")
+            raw[number] = known(values["raw id"], "raw id")
         except ValueError as e:
             yield Log(problem=f"{path}:{line}: {e}")
 
@@ -255,24 +262,9 @@ def _fields(line: str, names: list[str]) -> dict[str, str]:
     return dict(zip(names, values, strict=True))
 
 
-def _identity(values: dict[str, str], name: str) -> str:
-    if not (value := values.get(name)):
-        raise ValueError(f"no {name}")
-    return value
-
-
-def _number(values: dict[str, str], name: str) -> float:
-    try:
-        number = float(values[name])
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{name} is no number: {shown(values[name])}")
-    return number
-
-
-def _time(values: dict[str, str]) -> int:
-    time = int(_number(values, "timestamp"))
+def _time(value: str) -> int:
+    """A time, which RecBole has as a real number. [Unix s]"""
+    time = int(finite_number(value, "timestamp"))
     if time not in TIMES:
-        raise ValueError(f"not a time from 1970 to 2099: {shown(values['timestamp'])}")
+        raise ValueError(f"not a time from 1970 to 2099: {shown(value)}")
     return time
