@@ -301,7 +301,8 @@ def _least_logs(engine: Engine, logs: Any, per_month: float, where: str) -> int:
         raise CorpusError(
             f"{where}: logs.min_per_month = {per_month}, but {found['untimed']:,} logs have no time"
         )
-    return int(math.ceil(per_month * (found["last"] - found["first"]) / MONTH))
+    span: int = found["last"] - found["first"]
+    return math.ceil(per_month * span / MONTH)
 
 
 def _k_core(logs: Any, k: int, steps: _Steps) -> Any:
