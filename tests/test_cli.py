@@ -30,7 +30,8 @@ from scaling.rundir import RunDir
 from scaling.sweeps import PLAN_COLUMNS, Grid
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = [v for v in VERBS if v != "corpus"] + ["corpus info", "corpus verify", "corpus floor"]
+LOOKS = ["corpus info", "corpus compare", "corpus verify", "corpus floor"]
+COMMANDS = [v for v in VERBS if v != "corpus"] + LOOKS
 SWEEP = """
 name = "study"
 figure = "none"

@@ -31,6 +31,7 @@ MANIFEST = {
     "tasks": dict, "card": dict,
 }  # fmt: skip
 """Keys that every manifest has, and what they hold."""
+INT32_MAX = 2**31 - 1
 BLOCK = 1 << 22
 """Entries of an array looked at together: no array of behaviours is ever whole in memory."""
 LARGE = 1 << 26
@@ -150,29 +151,42 @@ class Corpus:
             raise CorpusError(f"{Path(root) / 'corpora'}: no corpus {digest}; prepared: {there}")
         return cls.open(found[0])
 
-    @cached_property
-    def item_tokens(self) -> Any:
-        """Tokens of every item as bytes: a large binary array of Arrow over the mapped tokens.
-
-        Its ``take`` gathers the tokens of many items several times faster than indexing does, and
-        without Python's lock. Arrow counts in bytes, so the offsets are held again: 8 bytes an
-        item, once per process.
+    def item_tokens(self, items: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Tokens of items, one after another, and their offsets. [tokens], [items + 1]
 
         Raises:
-            CorpusError: the offsets do not lie within the tokens.
+            IndexError: there is no such item.
         """
         import pyarrow as pa  # a corpus is often opened for its card alone
 
-        size = self.tokens.itemsize
-        offsets = self.token_offsets.astype(np.int64) * size
-        array = pa.LargeBinaryArray.from_buffers(
-            pa.large_binary(), self.n_items, [None, pa.py_buffer(offsets), pa.py_buffer(self.tokens)]
-        )
+        taken = self._item_table.take(pa.array(items))
+        _, offsets, tokens = taken.buffers()
+        wide = np.int64 if pa.types.is_large_binary(taken.type) else np.int32
+        starts = np.frombuffer(offsets, wide).astype(np.int64)
+        starts //= self.tokens.itemsize
+        return np.frombuffer(tokens, self.tokens.dtype), starts
+
+    @cached_property
+    def _item_table(self) -> Any:
+        """Items as strings of bytes in Arrow, over the mapped tokens.
+
+        Arrow gathers many of them several times faster than indexing does, and without Python's
+        lock. Its offsets count bytes, so they are held beside those on disk: 4 bytes an item, 8
+        where the tokens exceed 2 GiB, once per process.
+        """
+        import pyarrow as pa
+
+        wide = self.tokens.nbytes > INT32_MAX
+        kind, offset = (pa.large_binary(), np.int64) if wide else (pa.binary(), np.int32)
+        offsets = self.token_offsets.astype(offset)
+        offsets *= self.tokens.itemsize
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(self.tokens)]
+        table = pa.Array.from_buffers(kind, self.n_items, buffers)
         try:
-            array.validate(full=True)  # Arrow would read what lies outside
+            table.validate(full=True)  # Arrow would read what lies outside
         except pa.ArrowInvalid as e:
             raise CorpusError(f"{self.path / 'items/offsets.npy'}: {e}") from None
-        return array
+        return table
 
     @property
     def n_items(self) -> int:
@@ -299,11 +313,11 @@ class Corpus:
             for block in blocks(rows.stop - rows.start):
                 at = rows.start + block.start
                 keys = self.keys[at : min(at + BLOCK + 1, rows.stop)]
-                if (keys[1:] < keys[:-1]).any():
-                    yield f"{path}: users of {name} do not lie in the order of their keys"
-                    break
                 if name == "pretraining" and np.isin(keys, held).any():
                     yield f"{path}: a user of validation or pool is one of pretraining"
+                    break
+                if (keys[1:] < keys[:-1]).any():
+                    yield f"{path}: users of {name} do not lie in the order of their keys"
                     break
         for service, (offsets, items) in self._users.items():
             folder, index = self.path / "users" / service, self.services.index(service)

@@ -1,0 +1,61 @@
+"""Corpora that were changed by hand and whose manifest owns up to it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scaling.data.card import corpus_card
+from scaling.data.corpus import Corpus, content_digest, task_digest
+from scaling.files import sha256
+
+
+@pytest.fixture
+def resigned() -> Callable[..., Corpus]:
+    """``resigned(path)``: a corpus whose files were changed, with sizes and digests as they are
+    now. Only reading what is in the files can tell that something is wrong."""
+
+    def make(path: Path) -> Corpus:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, record in manifest["files"].items():
+            record["bytes"] = (path / name).stat().st_size
+            record["sha256"] = sha256(path / name)
+        digest = content_digest(manifest)
+        manifest["digest"] = manifest["card"]["digest"] = digest
+        manifest["tasks"] = {task: task_digest(manifest, task) for task in manifest["tasks"]}
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        return Corpus.open(path.rename(path.with_name(f"{manifest['name']}-{digest}")))
+
+    return make
+
+
+@pytest.fixture
+def enlarged(resigned: Callable[..., Corpus]) -> Callable[..., Corpus]:
+    """``enlarged(corpus, n_users, logs)``: a corpus with more users of pretraining, each with
+    ``logs`` logs drawn at random in each service, as many as a test of memory needs."""
+
+    def make(corpus: Corpus, n_users: int, logs: int) -> Corpus:
+        path, draw = corpus.path, np.random.default_rng(0)
+        manifest = json.loads((path / "manifest.json").read_text())
+        held = corpus.split("validation").start
+        manifest["splits"]["pretraining"] = n_users
+        keys = np.sort(draw.integers(2**64, size=n_users, dtype=np.uint64))
+        np.save(path / "users/keys.npy", np.concatenate([keys, corpus.keys[held:]]))
+        for service in corpus.card.services:
+            offsets, items = corpus.users(service)
+            drawn = draw.choice(corpus.service_items(service), n_users * logs).astype(items.dtype)
+            lengths = np.concatenate([np.full(n_users, logs), np.diff(offsets[held:])])
+            kept = np.concatenate([drawn, items[int(offsets[held]) :]])
+            folder = path / "users" / service
+            np.save(folder / "items.npy", kept)
+            np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype("u4"))
+        counted = corpus_card(
+            corpus.card, path, corpus.card.digest, manifest["splits"], corpus.card.vocab_size
+        )
+        manifest["card"] = counted.model_dump(mode="json")
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        return resigned(path)
+
+    return make
