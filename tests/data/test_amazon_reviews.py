@@ -2,16 +2,21 @@
 
 import gzip
 import html
+import itertools
 import json
 import re
+from codecs import BOM_UTF8
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling.config import ConfigError
-from scaling.data.corpus import CorpusError
+from scaling.data import tokenizer
+from scaling.data.corpus import Corpus, CorpusError
+from scaling.data.prepare import prepare
 from scaling.data.sources import Log, source_config, source_files
 from scaling.data.sources.amazon_reviews import MAX_LINE, rows
 
@@ -99,6 +104,30 @@ def test_gift_cards(clue_test_data, tmp_path, meta):
     assert len({log.item for log in logs}) == 148
     assert sum(log.rating >= 4 for log in logs) == 2_906
     assert all(log.text.strip() for log in logs)
+
+
+@pytest.mark.data
+def test_corpus_file_of_gift_cards(clue_test_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLUE_DATA", str(clue_test_data))
+    corpora = Path(__file__).parents[2] / "sweeps" / "corpora"
+    corpus = Corpus.open(prepare(corpora / "giftcards.toml", tmp_path))
+    counts = {s["step"]: (s["logs"], s.get("users")) for s in corpus.manifest["steps"]}
+    reviews = parsed(clue_test_data / GIFT)
+    good = {(r["reviewerID"], r["asin"]) for r in reviews if r["overall"] >= 4}
+    assert counts["read"] == (2_972, None)
+    assert counts["titled"] == (2_972, 458)
+    assert counts["rated"] == (2_906, len({user for user, _ in good}))
+    assert counts["deduplicated"] == (len(good), counts["rated"][1])
+    assert corpus.n_items == 148
+    bpe = tokenizer.load(corpus.path / "tokenizer.json")
+    offsets = corpus.token_offsets.tolist()
+    texts = [bpe.decode(corpus.tokens[a + 1 : b].tolist()) for a, b in itertools.pairwise(offsets)]
+    assert sum("&" in text for text in texts) > 0
+    assert not [text for text in texts if html.unescape(text) != text]
+    written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    told = {r[key] for r in reviews for key in ("reviewerID", "reviewText", "summary") if key in r}
+    assert not [text for text in told if len(text) > 20 and text.encode() in written]
+    assert not [r for r in reviews if r["reviewerID"].encode() in written]
 
 
 @pytest.mark.data
@@ -377,8 +406,12 @@ def test_any_line_is_a_log_or_a_problem(tmp_path_factory, reviews, meta, release
     logs = read(folder, *made, release=release, text=["title", "category", "brand"])
     sound = [log for log in logs if not log.problem]
     of_reviews = [log for log in logs if log.problem and str(made[0]) in log.problem]
-    assert len(sound) + len(of_reviews) == sum(1 for line in reviews if line)
-    assert len(logs) - len(sound) - len(of_reviews) <= sum(1 for line in meta if line)
+    n_reviews, n_meta = (
+        sum(1 for line in path.read_bytes().removeprefix(BOM_UTF8).split(b"\n") if line)
+        for path in made
+    )
+    assert len(sound) + len(of_reviews) == n_reviews
+    assert len(logs) - len(sound) - len(of_reviews) <= n_meta
     for log in logs:
         if log.problem:
             where, _, reason = log.problem.partition(": ")

@@ -4,13 +4,15 @@ import gzip
 import itertools
 import re
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling.config import ConfigError
-from scaling.data.corpus import CorpusError
+from scaling.data.corpus import Corpus, CorpusError
+from scaling.data.prepare import prepare
 from scaling.data.sources import Log, source_config, source_files
 from scaling.data.sources.recbole import rows
 
@@ -108,6 +110,17 @@ def test_scientific(clue_test_data):
         assert len(log) == 3 + rows_of[users[user]]
 
 
+@pytest.mark.data
+def test_corpus_file_of_scientific(clue_test_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLUE_DATA", str(clue_test_data))
+    corpora = Path(__file__).parents[2] / "sweeps" / "corpora"
+    corpus = Corpus.open(prepare(corpora / "scientific.toml", tmp_path))
+    steps = corpus.manifest["steps"]
+    assert steps[0] == {"step": "read", "logs": 59_427, "malformed": 0}
+    assert {(s["logs"], s["users"]) for s in steps[1:]} == {(59_427, 8_442)}
+    assert corpus.n_items == 4_385
+
+
 def test_interactions(tmp_path):
     write(tmp_path, a_inter=INTER, a_item=ITEM)
     service = {"inter": ["a.inter"], "items": "a.item"}
@@ -138,8 +151,8 @@ def test_texts_as_unisrec_writes_them(tmp_path):
     assert [log.text for log in logs] == ["Mug.\tblue. ", None, None, None]
 
 
-def test_order_of_columns_is_free(tmp_path):
-    write(tmp_path, a_inter=INTER, a_item="title:token_seq\titem_id:token\nMug\ti1\nCup\n")
+def test_order_of_columns_is_free_and_so_is_a_byte_order_mark(tmp_path):
+    write(tmp_path, a_inter=INTER, a_item="\ufefftitle:token_seq\titem_id:token\nMug\ti1\nCup\n")
     problem, _, log, _ = read(tmp_path, {"inter": ["a.inter"], "items": "a.item"})
     assert problem == Log(problem=f"{tmp_path}/a.item:3: no item_id")
     assert (log.item, log.text) == ("i1", "Mug")

@@ -150,10 +150,8 @@ class _Reader:
         for number, line in lines:
             try:
                 values = _fields(line, names)
-                user, item = (
-                    known(values["user_id"], "user_id"),
-                    known(values["item_id"], "item_id"),
-                )
+                user = known(values["user_id"], "user_id")
+                item = known(values["item_id"], "item_id")
                 rated = values.get("rating")
                 rating = finite_number(rated, "rating") if rated else None
                 time = _time(values["timestamp"]) if "timestamp" in values else None
@@ -169,10 +167,8 @@ class _Reader:
         for number, line in lines:
             try:
                 values = _fields(line, names)
-                user, item = (
-                    known(values["user_id"], "user_id"),
-                    known(values["item_id"], "item_id"),
-                )
+                user = known(values["user_id"], "user_id")
+                item = known(values["item_id"], "item_id")
                 row = Row(number, user, values["item_id_list"].split(), item)
             except ValueError as e:
                 yield Log(problem=f"{path}:{number}: {e}")
@@ -190,11 +186,11 @@ class _Reader:
         if len(rows[0].before) >= len(rows[-1].before):  # UniSRec writes the newest target first
             rows.reverse()
         newest = self.newest.get(rows[0].user)
-        known: list[str] | None = None
+        so_far: list[str] | None = None
         for row in rows:
             try:
-                if known is not None:
-                    items, follows = [row.item], row.before in (known, known[1:])
+                if so_far is not None:
+                    items, follows = [row.item], row.before in (so_far, so_far[1:])
                 elif newest is not None:
                     items, follows = [row.item], row.before[-1:] == [newest]
                 else:
@@ -205,7 +201,7 @@ class _Reader:
             except ValueError as e:
                 logs = [Log(problem=f"{path}:{row.line}: {e}")]
             yield from logs
-            known = [*row.before, row.item]
+            so_far = [*row.before, row.item]
         self.newest[rows[0].user] = rows[-1].item
 
     def _log(
