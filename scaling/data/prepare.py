@@ -95,10 +95,14 @@ def prepare(
 def _engine(name: EngineName, folder: Path, memory: int | None) -> Engine:
     if name == "spark":
         return Spark(folder)
-    if memory is None:
-        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        memory = min(len(os.sched_getaffinity(0)) * MEMORY_OF_CORE, machine // 2)
-    return DuckDB(folder, memory)
+    return DuckDB(folder, memory_of_database() if memory is None else memory)
+
+
+def memory_of_database() -> int:
+    """What the database may use where nobody says it [bytes]: 2 GiB for each core of this process,
+    at most half of the machine's."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(len(os.sched_getaffinity(0)) * MEMORY_OF_CORE, machine // 2)
 
 
 def find_prepared(root: Path, corpus_file: Path) -> Corpus | None:

@@ -80,11 +80,14 @@ def test_threads_do_not_change_the_content(tiny_corpus):
     expected = [corpus.path.name, *corpus.manifest["tasks"].values()]
     program = textwrap.dedent(
         """
-        import sys, ibis
+        import sys
         from pathlib import Path
-        import scaling.data.scratch as scratch
-        connect = ibis.duckdb.connect
-        scratch.ibis.duckdb.connect = lambda *a, **k: connect(*a, threads=int(sys.argv[2]), **k)
+        from scaling.data.engine import DuckDB
+        opened = DuckDB.__init__
+        def narrow(self, *args):
+            opened(self, *args)
+            self.con.raw_sql(f"SET threads = {sys.argv[2]}")
+        DuckDB.__init__ = narrow
         from scaling.data.corpus import read_manifest
         from scaling.data.prepare import prepare
         path = prepare(Path(sys.argv[1]) / "tiny.toml", Path(sys.argv[1]) / sys.argv[2])
@@ -225,16 +228,23 @@ def test_bad_logs(tiny_corpus):
     lines = whole.count("\n")
     with pytest.raises(CorpusError) as e:
         prepare(path, root)
-    assert f"2 of {lines + 1} rows are malformed, more than logs.max_malformed = 0.0:" in str(
+    assert f"2 of {lines + 1:,} rows are malformed, more than logs.max_malformed = 0.0:" in str(
         e.value
     )
-    assert f"{logs}:{lines + 1}: not a time: 'soon'" in str(e.value)
-    assert f"{logs}:{lines + 2}: no service" in str(e.value)
-    assert left(root) == before
+    said = [
+        f"{logs}:{lines + 1}: not a time: text of 4 characters",
+        f"{logs}:{lines + 2}: no service ('where' is empty)",
+    ]
+    listed = root / "corpora" / "tiny.malformed.txt"
+    assert str(e.value).endswith("".join(f"\n  {s}" for s in said) + f"\nall of them: {listed}")
+    assert listed.read_text().splitlines() == said
+    assert left(root) == [*before, listed.name]
     edited(root, "[users]", "[logs]\nmax_malformed = 0.01\n[users]")
     counted = Corpus.open(prepare(path, root)).manifest["steps"][0]
     assert counted == {"step": "read", "logs": lines + 1, "malformed": 2}
+    assert listed.read_text().splitlines() == said
     before = left(root)
+    before.remove(listed.name)  # the next source has no such rows
 
     logs.write_text("who,where,what,when\n")
     with pytest.raises(CorpusError, match=r"logs\.csv: no rows"):

@@ -1,0 +1,295 @@
+"""Preparation against its floor: what any preparation has to do at least.
+
+The floor is DuckDB sorting the same table of logs by user and time into Parquet, and the tokenizer
+encoding the same distinct texts. Both sides run in processes of their own, in turn, with the same
+threads and memory of the database; medians are given. Beside it: peak memory at this size and at a
+fifth of it, bytes on disk, and what it would take for the paper's 5,313,992,425 behaviours.
+
+    python benchmarks/prepare.py --quick
+    python benchmarks/prepare.py --behaviours 50_000_000 --spark
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+
+from scaling.data import tokenizer
+from scaling.data.corpus import Corpus
+from scaling.data.engine import DuckDB
+from scaling.data.prepare import memory_of_database, prepare
+
+PAPER = 5_313_992_425
+"""Behaviours of the paper's corpus (Shin et al. 2023, Section 4.1)."""
+BEHAVIOURS_PER_USER = 470  # 5,313,992,425 of 11,294,122 users
+BEHAVIOURS_PER_ITEM = 50  # ours: the paper gives no number of items
+WORDS = 30_000
+CORES = 64
+
+CORPUS = """
+name = "bench"
+services = ["search", "shop"]
+[source]
+kind = "tables"
+[[source.tables]]
+files = ["logs.parquet"]
+columns = { user = "user", service = "service", item = "item", text = "text", time = "time" }
+[logs]
+clean_text = true
+deduplicate = "latest"
+[users]
+validation = 256
+pool = 256
+"""
+
+
+def make_logs(folder: Path, behaviours: int) -> None:
+    """Write ``logs.parquet`` and ``corpus.toml``: skewed users and items, titles of 7 words."""
+    rng = np.random.default_rng(0)
+    syllables = np.array([c + v for c in "bcdfghjklmnprstvz" for v in "aeiou"], dtype=object)
+    lengths = rng.integers(1, 5, WORDS)
+    words = ["".join(syllables[rng.integers(0, len(syllables), n)]) for n in lengths]
+    (folder / "corpus.toml").write_text(CORPUS)
+    users, items = behaviours // BEHAVIOURS_PER_USER, behaviours // BEHAVIOURS_PER_ITEM
+    con = duckdb.connect()
+    con.execute("CREATE TABLE words AS SELECT list(w) AS w FROM (SELECT unnest(?) AS w)", [words])
+
+    def draw(seed: str, n: int, skew: float) -> str:
+        return f"floor({n} * pow((hash({seed}) % 1000003) / 1000003.0, {skew}))::BIGINT"
+
+    title = " || ' ' || ".join(f"w[1 + {draw(f'i * 7 + {k}', WORDS, 3)}]" for k in range(7))
+    con.execute(
+        f"""CREATE TABLE items AS SELECT i, 'item' || i AS item, {title} AS text
+            FROM range({items}) r(i), words"""
+    )
+    con.execute(
+        f"""COPY (
+            SELECT 'user' || u AS "user", if(r % 2 = 0, 'search', 'shop') AS service, item, text,
+                   1538352000 + (hash(r * 5 + 2) % 63072000)::BIGINT AS time
+            FROM (SELECT r, {draw("r", users, 1.5)} AS u, {draw("r * 3 + 1", items, 2.5)} AS i
+                  FROM range({behaviours}) t(r))
+            JOIN items USING (i)) TO '{folder}/logs.parquet'"""
+    )
+    con.close()
+
+
+# --- the two sides, each in a process of its own --------------------------------------------------
+
+
+def ours(folder: Path, root: Path, engine: str) -> None:
+    """Prepare the corpus; print the seconds of every stage."""
+    began: list[tuple[str, float]] = []
+    start = time.perf_counter()
+    path = prepare(
+        folder / "corpus.toml",
+        root,
+        engine="spark" if engine == "spark" else "duckdb",
+        progress=lambda stage, done, total: began.append((stage, time.perf_counter())),
+    )
+    end = time.perf_counter()
+    ends = [t for _, t in began[1:]] + [end]
+    stages = {s: e - t for (s, t), e in zip(began, ends, strict=True)}
+    report(end - start, path=str(path), stages=stages)
+
+
+def floor(folder: Path, root: Path) -> None:
+    """Sort the table and encode its distinct texts with the corpus's tokenizer."""
+    (made,) = (root / "corpora").glob("bench-*")
+    bpe = tokenizer.load(made / "tokenizer.json")
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        engine = DuckDB(Path(scratch), memory_of_database())
+        logs = f"read_parquet('{folder}/logs.parquet')"
+        order = 'ORDER BY "user", service, time'
+        engine.con.raw_sql(f"COPY (FROM {logs} {order}) TO '{scratch}/sorted.parquet'")
+        sort = time.perf_counter() - start
+        texts = engine.con.raw_sql(f"SELECT DISTINCT text FROM {logs}").fetchnumpy()["text"]
+        engine.close()
+    encoding = time.perf_counter()
+    for at in range(0, len(texts), tokenizer.CHUNK):
+        bpe.encode_batch(texts[at : at + tokenizer.CHUNK].tolist())
+    encode = time.perf_counter() - encoding
+    report(sort + encode, stages={"sort": sort, "encode": encode})
+
+
+def report(seconds: float, **more: Any) -> None:
+    """Print what the parent reads."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = usage.ru_utime + usage.ru_stime
+    print(json.dumps({"s": seconds, "cpu_s": cpu, "rss_gb": usage.ru_maxrss / 1e6, **more}))
+
+
+def in_process(side: str, folder: Path, root: Path) -> dict[str, Any]:
+    """Run one side; its report, and the most that its scratch folder held on disk."""
+    call = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--root", str(root)]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    peak, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.5):
+            peak = max(peak, sum(_sizes(root)))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    out, err = process.communicate()
+    done.set()
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(f"{side} failed:\n{err[-2000:]}")
+    return {**json.loads(out.splitlines()[-1]), "disk_gb": peak / 1e9}
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    for path in folder.rglob("*"):
+        try:
+            yield path.stat().st_blocks * 512
+        except OSError:
+            pass
+
+
+# --- the comparison -------------------------------------------------------------------------------
+
+
+def compare(folder: Path, behaviours: int, repeats: int, spark: bool) -> dict[str, Any]:
+    """Measure both sides in turn."""
+    say(f"making {behaviours:,} behaviours")
+    make_logs(folder, behaviours)
+    prepared, floors = [], []
+    for i in range(repeats):
+        root = folder / f"root{i}"
+        prepared.append(in_process("duckdb", folder, root))
+        say(f"ours {prepared[-1]['s']:.1f} s, {prepared[-1]['rss_gb']:.2f} GB")
+        floors.append(in_process("floor", folder, root))
+        say(f"floor {floors[-1]['s']:.1f} s {floors[-1]['stages']}")
+    small = folder / "small"
+    small.mkdir()
+    make_logs(small, behaviours // 5)
+    fifth = in_process("duckdb", small, small / "root")
+    corpus = Corpus.open(Path(prepared[-1]["path"]))
+    middle = sorted(prepared, key=lambda r: r["s"])[len(prepared) // 2]
+    found: dict[str, Any] = {
+        "behaviours": behaviours,
+        "cores": len(os.sched_getaffinity(0)),
+        "database_gb": memory_of_database() / 1e9,
+        "ours_s": statistics.median(r["s"] for r in prepared),
+        "floor_s": statistics.median(r["s"] for r in floors),
+        "time_over_floor": statistics.median(
+            p["s"] / f["s"] for p, f in zip(prepared, floors, strict=True)
+        ),
+        "stages_s": middle["stages"],
+        "floor_stages_s": floors[-1]["stages"],
+        "peak_rss_gb": max(r["rss_gb"] for r in prepared),
+        "peak_rss_gb_of_a_fifth": fifth["rss_gb"],
+        "peak_disk_gb": max(r["disk_gb"] for r in prepared),
+        "behaviours_per_s": behaviours / statistics.median(r["s"] for r in prepared),
+        **sizes(corpus),
+        "paper_one_machine": project(behaviours, middle),
+    }
+    if spark:
+        found["spark"] = on_spark(small, behaviours // 5, fifth["path"])
+    return found
+
+
+def sizes(corpus: Corpus) -> dict[str, Any]:
+    """Bytes on disk for a behaviour, without and with the items, beside tokens inline."""
+    logs = [corpus.users(s) for s in corpus.card.services]
+    kept = sum(len(items) for _, items in logs)
+    of_users = sum(offsets.nbytes + items.nbytes for offsets, items in logs) + corpus.keys.nbytes
+    of_items = sum(a.nbytes for a in (corpus.tokens, corpus.token_offsets, corpus.item_service))
+    lengths = np.diff(corpus.token_offsets)
+    tokens = sum(int(lengths[items].sum()) for _, items in logs)
+    return {
+        "kept_behaviours": kept,
+        "bytes_per_behaviour": of_users / kept,
+        "bytes_of_items": of_items,
+        "bytes_per_behaviour_with_items": (of_users + of_items) / kept,
+        "bytes_per_behaviour_inline": tokens * corpus.tokens.itemsize / kept,
+        "tokens_per_behaviour": tokens / kept,
+    }
+
+
+def project(behaviours: int, measured: dict[str, Any]) -> dict[str, float]:
+    """The paper's corpus on one machine of 64 cores: CPU time grows as n log n, half of it is lost
+    to imperfect sharing, disk and corpus grow as n."""
+    growth = PAPER / behaviours * np.log(PAPER) / np.log(behaviours)
+    return {
+        "cores": CORES,
+        "cpu_hours": measured["cpu_s"] * growth / 3600,
+        "hours": measured["cpu_s"] * growth / 3600 / (CORES / 2),
+        "scratch_tb": measured["disk_gb"] * PAPER / behaviours / 1e3,
+        "memory_gb": CORES * 2.147,
+    }
+
+
+def on_spark(folder: Path, behaviours: int, expected: str) -> dict[str, Any]:
+    """The same program on Spark, all cores of this machine."""
+    measured = in_process("spark", folder, folder / "root_spark")
+    same = Path(measured["path"]).name == Path(expected).name
+    cores = len(os.sched_getaffinity(0))
+    core_hours = measured["s"] * cores / 3600 * PAPER / behaviours
+    return {
+        "behaviours": behaviours,
+        "s": measured["s"],
+        "same_digest": same,
+        "stages_s": measured["stages"],
+        "paper_core_hours": core_hours,
+        "paper_hours_on_640_cores": core_hours / 640 * 2,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures for people."""
+    flat = {}
+    for key, value in found.items():
+        for name, number in value.items() if isinstance(value, dict) else [("", value)]:
+            flat[f"{key}.{name}" if name else key] = number
+    shown: Callable[[Any], str] = lambda v: (  # noqa: E731
+        f"{v:,}" if isinstance(v, int) else f"{v:,.3g}" if v < 1e4 else f"{v:,.0f}"
+    )
+    flat = {k: v for k, v in flat.items() if not isinstance(v, dict)}
+    return "\n".join(f"{key:<36}{shown(value):>16}" for key, value in flat.items())
+
+
+def say(text: str) -> None:
+    """Tell how far it is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--behaviours", type=int, default=50_000_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="1 million behaviours, within 50 s")
+    parser.add_argument("--spark", action="store_true", help="run a fifth of them on Spark, too")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["duckdb", "spark", "floor"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side == "floor":
+        floor(args.folder, args.root)
+    elif args.side:
+        ours(args.folder, args.root, args.side)
+    else:
+        behaviours = 1_000_000 if args.quick else args.behaviours
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            found = compare(Path(folder), behaviours, args.repeats, args.spark)
+        print(json.dumps(found) if args.json else table(found))
+
+
+if __name__ == "__main__":
+    main()
