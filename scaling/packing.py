@@ -6,6 +6,7 @@ blocks of one sequence. Everything here is numpy; the models move it to tensors.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,8 @@ class PackedBatch:
     every item at least one token.
     """
 
-    tokens: Ints
-    """Tokens of all items, one after another. [tokens]"""
+    tokens: NDArray[Any]
+    """Tokens of all items, one after another, in the integer type of the corpus. [tokens]"""
     token_offsets: Ints
     """Item ``i`` has ``tokens[token_offsets[i]:token_offsets[i + 1]]``. [items + 1]"""
     items: Ints
@@ -69,8 +70,9 @@ class Tiles:
 def spans(starts: Ints, lengths: Ints) -> Ints:
     """Indices of ragged slices: ``arange(s, s + n)`` for each start and length, concatenated."""
     ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths).astype(np.int64)
+    indices = np.repeat(np.asarray(starts - (ends - lengths), np.int64), lengths)
+    indices += np.arange(len(indices))
+    return indices
 
 
 def pack(lengths: Ints, tile: int) -> Tiles:

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling import ClueError
-from scaling.config import MAX_TOKENS, CorpusCard, canonical_json, short_digest
-from scaling.files import read_json, sha256
+from scaling.config import CorpusCard, canonical_json, short_digest
+from scaling.files import read_json
 
 SCHEMA_VERSION = 1
 SPLITS = ("pretraining", "validation", "pool")
@@ -34,8 +34,6 @@ MANIFEST = {
 INT32_MAX = 2**31 - 1
 BLOCK = 1 << 22
 """Entries of an array looked at together: no array of behaviours is ever whole in memory."""
-LARGE = 1 << 26
-"""Size of a file that takes so long to read that people are told. [bytes]"""
 
 Reading = Callable[[int, int, str], None]
 """Told how much is read, of how much, and what: (done, total, name)."""
@@ -135,7 +133,7 @@ class Corpus:
             if size != record["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
                 faults.append(f"{file}: {found}; its manifest says {record['bytes']} bytes")
-        _refuse(faults)
+        refuse(faults)
         return cls(Path(path), manifest)
 
     @classmethod
@@ -177,10 +175,13 @@ class Corpus:
         import pyarrow as pa
 
         wide = self.tokens.nbytes > INT32_MAX
-        kind, offset = (pa.large_binary(), np.int64) if wide else (pa.binary(), np.int32)
-        offsets = self.token_offsets.astype(offset)
-        offsets *= self.tokens.itemsize
-        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(self.tokens)]
+        offsets = self.token_offsets.astype(np.int64) * self.tokens.itemsize
+        buffers = [
+            None,
+            pa.py_buffer(offsets if wide else offsets.astype(np.int32)),
+            pa.py_buffer(self.tokens),
+        ]
+        kind = pa.large_binary() if wide else pa.binary()
         table = pa.Array.from_buffers(kind, self.n_items, buffers)
         try:
             table.validate(full=True)  # Arrow would read what lies outside
@@ -228,137 +229,17 @@ class Corpus:
         return np.flatnonzero(self.item_service == self.services.index(service))
 
     def verify(self, progress: Reading | None = None) -> None:
-        """Re-read everything: digests, structure, the card, and every task for leaks.
-
-        Memory is that of a block, and of the table of items for the card, not of the behaviours.
+        """Re-read everything (``scaling/data/verify.py``).
 
         Args:
             progress: told of bytes read, of all, and each large file as its digest begins.
 
         Raises:
-            CorpusError: something on disk is not what the manifest says, or cannot be a corpus. A
-                line for each fault of the first of these kinds that has any: the later ones
-                rest on the earlier.
+            CorpusError: something on disk is not what the manifest says, or cannot be a corpus.
         """
-        _refuse(self._digest_faults(progress or (lambda done, total, name: None)))
-        _refuse(self._table_faults())
-        _refuse(self._log_faults())
-        _refuse(self._card_faults())
-        _refuse(self._task_faults())
+        from scaling.data.verify import verify  # which builds on this module
 
-    def _digest_faults(self, progress: Reading) -> Iterator[str]:
-        files = self.manifest["files"]
-        done, total = 0, sum(r["bytes"] for r in files.values())
-        for name, record in files.items():
-            if record["bytes"] >= LARGE:
-                progress(done, total, name)
-            done += record["bytes"]
-            if (found := sha256(self.path / name)) != record["sha256"]:
-                yield (
-                    f"{self.path / name}: its SHA-256 is {found}, "
-                    f"the manifest says {record['sha256']}"
-                )
-        name, digest = self.manifest["name"], content_digest(self.manifest)
-        for where, named in (
-            ("folder", self.path.resolve().name),
-            ("manifest", f"{name}-{self.manifest['digest']}"),
-            ("card", f"{self.card.name}-{self.card.digest}"),
-        ):
-            if named != f"{name}-{digest}":
-                yield f"{self.path}: its content is {name}-{digest}, its {where} says {named}"
-        for task, recorded in self.manifest["tasks"].items():
-            if (digest := task_digest(self.manifest, task)) != recorded:
-                yield (
-                    f"{self.path / 'tasks' / task}: its content is {digest}, "
-                    f"the manifest says {recorded}"
-                )
-
-    def _table_faults(self) -> Iterator[str]:
-        """Items: in bounds, each with its service's token and then tokens of its text."""
-        path, n_services = self.path / "items/tokens.npy", len(self.services)
-        n_items, offsets = len(self.item_service), self.path / "items/offsets.npy"
-        if fault := _offsets_fault(offsets, self.token_offsets, len(self.tokens), n_items):
-            yield fault
-            return
-        for block in blocks(n_items, BLOCK // MAX_TOKENS):
-            bounds = self.token_offsets[block.start : block.stop + 1].astype(np.int64)
-            service = self.item_service[block].astype(np.int64)
-            if (long := np.diff(bounds) > MAX_TOKENS).any():
-                item = block.start + int(long.argmax())
-                yield f"{offsets}: item {item} has more than {MAX_TOKENS} tokens"
-                return
-            tokens = self.tokens[bounds[0] : bounds[-1]].astype(np.int64)
-            starts = bounds[:-1] - bounds[0]
-            if (wrong := (tokens[starts] != service + 1) | (service >= n_services)).any():
-                yield f"{path}: item {block.start + int(wrong.argmax())} has no service token"
-                return
-            valid = (tokens > n_services) & (tokens < self.card.vocab_size)
-            valid[starts] = True
-            if not valid.all():
-                token = int(tokens[valid.argmin()])
-                yield f"{path}: token {token} is none of a text ({n_services + 1} to vocabulary)"
-                return
-
-    def _log_faults(self) -> Iterator[str]:
-        """Users: in the order of their keys, unseen where they should be, with items that are."""
-        n_users, path = sum(self.manifest["splits"].values()), self.path / "users/keys.npy"
-        if len(self.keys) != n_users:
-            yield f"{path}: has {len(self.keys)} entries, not {n_users}"
-            return
-        held = self.keys[self.split("validation").start :]
-        if len(np.unique(held)) < len(held):
-            yield f"{path}: a user is twice among those of validation and pool"
-        for name in SPLITS:
-            rows = self.split(name)
-            for block in blocks(rows.stop - rows.start):
-                at = rows.start + block.start
-                keys = self.keys[at : min(at + BLOCK + 1, rows.stop)]
-                if name == "pretraining" and np.isin(keys, held).any():
-                    yield f"{path}: a user of validation or pool is one of pretraining"
-                    break
-                if (keys[1:] < keys[:-1]).any():
-                    yield f"{path}: users of {name} do not lie in the order of their keys"
-                    break
-        for service, (offsets, items) in self._users.items():
-            folder, index = self.path / "users" / service, self.services.index(service)
-            if fault := _offsets_fault(folder / "offsets.npy", offsets, len(items), n_users):
-                yield fault
-            for block in blocks(len(items)):
-                part = items[block]
-                if int(part.max()) >= self.n_items:
-                    yield f"{folder / 'items.npy'}: an item that is not in the table"
-                    break
-                if (self.item_service[part] != index).any():
-                    yield f"{folder / 'items.npy'}: an item of another service"
-                    break
-
-    def _card_faults(self) -> Iterator[str]:
-        from scaling.data import tokenizer  # both build on this module
-        from scaling.data.card import corpus_card
-
-        path = self.path / "tokenizer.json"
-        bpe = tokenizer.load(path)
-        if bpe.get_vocab_size() != self.card.vocab_size:
-            yield f"{path}: has {bpe.get_vocab_size()} entries, the card {self.card.vocab_size}"
-        for i, service in enumerate(self.services):
-            if bpe.token_to_id(f"<service:{service}>") != i + 1:
-                yield f"{path}: token {i + 1} is not that of service {service!r}"
-        splits = self.manifest["splits"]
-        counted = corpus_card(
-            self.card, self.path, self.manifest["digest"], splits, self.card.vocab_size
-        ).model_dump()
-        for key, value in self.card.model_dump().items():
-            if value != counted[key]:
-                yield f"{self.path / 'manifest.json'}: card.{key} is not that of the logs"
-
-    def _task_faults(self) -> Iterator[str]:
-        from scaling.data.tasks import Task  # which builds on this module
-
-        for task in self.manifest["tasks"]:
-            try:
-                Task.open(self, task)
-            except ClueError as e:
-                yield str(e)
+        verify(self, progress or (lambda done, total, name: None))
 
 
 def blocks(total: int, size: int = BLOCK) -> Iterator[slice]:
@@ -367,22 +248,10 @@ def blocks(total: int, size: int = BLOCK) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
-def _refuse(faults: Iterable[str]) -> None:
+def refuse(faults: Iterable[str]) -> None:
+    """Raise CorpusError with a line for every fault, if there is any."""
     if lines := "\n".join(faults):
         raise CorpusError(lines)
-
-
-def _offsets_fault(path: Path, offsets: Any, total: int, rows: int) -> str | None:
-    """What is wrong with the offsets of ``rows`` non-empty rows that together have ``total``."""
-    if len(offsets) != rows + 1:
-        return f"{path}: has {len(offsets)} entries, not {rows + 1}"
-    if int(offsets[0]) != 0 or int(offsets[-1]) != total:
-        return f"{path}: its offsets go from {offsets[0]} to {offsets[-1]}, not from 0 to {total}"
-    for block in blocks(rows):
-        bounds = offsets[block.start : block.stop + 1]
-        if (wrong := bounds[1:] <= bounds[:-1]).any():
-            return f"{path}: row {block.start + int(wrong.argmax())} is empty or of negative length"
-    return None
 
 
 def folders(root: Path) -> list[Path]:

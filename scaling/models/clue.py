@@ -57,7 +57,7 @@ class ContrastiveEncoder(nn.Module):
         """Token embeddings in their slots; empty slots hold the pad token. [T * t, d]"""
         n_slots = layout.shape[0] * layout.shape[1]
         slots = torch.zeros(n_slots, dtype=torch.long, device=self.device)
-        slots[layout.slots] = torch.from_numpy(tokens).to(self.device)
+        slots[layout.slots] = torch.from_numpy(tokens).to(self.device).long()
         embedded: Tensor = self.token_emb(slots)
         return embedded
 
