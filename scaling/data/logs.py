@@ -62,7 +62,7 @@ def clean_logs(
             with one hash.
     """
     raw = read_logs(engine, file.source, base)
-    read, services = _read(engine, raw, file, where, malformed)
+    read, of_service = _read(engine, raw, file, where, malformed)
     sound = raw.filter(raw.problem.isnull(), raw.user.notnull())
     sound = sound.filter(sound.service.isin(file.all_services)).select(
         "user",
@@ -118,12 +118,18 @@ def clean_logs(
 class _Steps:
     """What each step kept, and its counts. Only the last step's logs stay in the engine."""
 
-    def __init__(self, engine: Engine, file: CorpusFile, where: str):
-        self.engine, self.file, self.where = engine, file, where
-        self.done: list[dict[str, Any]] = []
+    def __init__(
+        self,
+        engine: Engine,
+        file: CorpusFile,
+        where: str,
+        done: list[dict[str, Any]],
+        of_service: list[int],
+    ):
+        self.engine, self.file, self.where, self.done = engine, file, where, done
         self._names = (f"logs_{i}" for i in count())
         self._last = ""
-        self._had: dict[int, int] = {}
+        self._had = of_service
 
     def keep(self, step: str, table: Any, why: str, **said: Any) -> Any:
         """Store the logs of a step.
@@ -135,15 +141,15 @@ class _Steps:
         name = next(self._names)
         made = self.engine.store(name, table)
         left = self.engine.rows(made.group_by("service").aggregate(n=made.count()))
-        has = {row["service"]: row["n"] for row in left}
-        for index, service in enumerate(self.file.all_services):
-            if index not in has:
-                had = f": {self._had[index]} -> 0" if self._had else ""
+        found = {row["service"]: row["n"] for row in left}
+        has = [found.get(index, 0) for index in range(len(self.file.all_services))]
+        for service, had, n in zip(self.file.all_services, self._had, has, strict=True):
+            if not n:
                 raise CorpusError(
-                    f"{self.where}: service {service!r} has no logs left ({why}{had})"
+                    f"{self.where}: service {service!r} has no logs left ({why}: {had:,} -> 0)"
                 )
         users = self.engine.value(made.uid.nunique())
-        self.done.append({"step": step, "logs": sum(has.values()), "users": users, **said})
+        self.done.append({"step": step, "logs": sum(has), "users": users, **said})
         if self._last:
             self.engine.drop(self._last)
         self._last, self._had = name, has
@@ -152,8 +158,8 @@ class _Steps:
 
 def _read(
     engine: Engine, raw: Any, file: CorpusFile, where: str, malformed: Path
-) -> tuple[dict[str, Any], int]:
-    """The step of reading, and the logs of the services that the corpus has."""
+) -> tuple[dict[str, Any], list[int]]:
+    """The step of reading, and the logs of each service of the corpus."""
     bad = raw.problem.notnull() | raw.user.isnull() | raw.service.isnull()
     service = ibis.ifelse(bad, ibis.null("string"), raw.service)
     found = engine.rows(raw.group_by(service=service).aggregate(n=raw.count()))
@@ -184,7 +190,7 @@ def _read(
             )
     return (
         {"step": "read", "logs": total, "malformed": n_bad},
-        sum(there[name] for name in file.all_services),
+        [there[name] for name in file.all_services],
     )
 
 

@@ -36,8 +36,13 @@ log = st.tuples(
 )
 
 
-def corpus_file(folder, *, min_rating, deduplicate, max_logs, downstream, items):
+def corpus_file(
+    folder, *, min_rating, deduplicate, max_logs, downstream, items, k_core, min_per_month
+):
     item = 'item = "item"' if items else ""
+    further = (f"k_core = {k_core}\n" if k_core else "") + (
+        f"min_per_month = {min_per_month}\n" if min_per_month else ""
+    )
     rating = f"min_rating = {min_rating}" if min_rating else ""
     path = folder / "c.toml"
     path.write_text(
@@ -57,8 +62,11 @@ time = "time"
 rating = "rating"
 {item}
 [logs]
+clean_text = true
+drop_untitled = true
 deduplicate = "{deduplicate}"
 {rating}
+{further}
 [users]
 salt = "s"
 max_logs = {max_logs}
@@ -83,21 +91,35 @@ def hashed(purpose, user):
     return int(hashlib.sha256(f"s/{purpose}/{user}".encode()).hexdigest()[:16], 16)
 
 
-def oracle(rows, *, min_rating, deduplicate, max_logs, downstream, items):
-    logs = []
+def oracle(rows, *, min_rating, deduplicate, max_logs, downstream, items, k_core, min_per_month):
+    logs, titles = [], defaultdict(Counter)
     for position, (user, service, item, text, time, rating) in enumerate(rows):
         text = " ".join(html.unescape(html.unescape(text)).split())
         item = str(item) if items else text
-        if text and (min_rating is None or (rating is not None and rating >= min_rating)):
-            logs.append((f"u{user}", service, item, text, time, position))
+        if text:
+            titles[service, item][text] += 1
+        logs.append((f"u{user}", service, item, time, position, rating))
+    logs = [e for e in logs if e[1:3] in titles]  # of its item's text, if not of its own
+    if min_rating is not None:
+        logs = [e for e in logs if e[5] is not None and e[5] >= min_rating]
     if deduplicate == "latest":
         best = {}
-        for entry in sorted(logs, key=lambda e: e[4:]):
+        for entry in sorted(logs, key=lambda e: e[3:5]):
             best[entry[:3]] = entry
         logs = list(best.values())
-    titles = defaultdict(Counter)
-    for _, service, item, text, _, _ in logs:
-        titles[service, item][text] += 1
+    if min_per_month and logs:
+        times = [e[3] for e in logs]
+        months = (max(times) - min(times)) / (365.25 / 12 * DAY)
+        counts = Counter(e[0] for e in logs)
+        logs = [e for e in logs if counts[e[0]] >= min_per_month * months]
+    while k_core:
+        users, things = Counter(e[0] for e in logs), Counter(e[1:3] for e in logs)
+        kept = [e for e in logs if users[e[0]] >= k_core and things[e[1:3]] >= k_core]
+        if len(kept) == len(logs):
+            break
+        logs = kept
+    left = {e[1:3] for e in logs}
+    titles = {k: titles[k] for k in left}
     names = {s: [k for k in sorted(titles) if k[0] == s] for s in "abc"}
     if not all(names.values()):
         raise ValueError("a service is empty")
@@ -105,8 +127,8 @@ def oracle(rows, *, min_rating, deduplicate, max_logs, downstream, items):
     number = {k: i for i, k in enumerate(numbered)}
     text_of = [min(titles[k].items(), key=lambda t: (-t[1], t[0]))[0] for k in numbered]
     history = defaultdict(list)
-    for user, service, item, _, time, position in sorted(
-        logs, key=lambda e: (e[4], e[5], number[e[1], e[2]])
+    for user, service, item, time, position, _ in sorted(
+        logs, key=lambda e: (e[3], e[4], number[e[1], e[2]])
     ):
         history[user, service].append((time, position, number[service, item]))
     users = sorted({e[0] for e in logs}, key=lambda u: hashed("split", u))
@@ -138,7 +160,7 @@ def rows_of(offsets, items):
     return [items[offsets[i] : offsets[i + 1]].tolist() for i in range(len(offsets) - 1)]
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(
     rows=st.lists(log, min_size=80, max_size=140),
     min_rating=st.sampled_from([None, 4.0]),
@@ -146,6 +168,8 @@ def rows_of(offsets, items):
     max_logs=st.sampled_from([2, 512]),
     downstream=st.sampled_from([0.0, 0.4]),
     items=st.booleans(),
+    k_core=st.sampled_from([None, 2, 4]),
+    min_per_month=st.sampled_from([None, 90.0]),
 )
 @pytest.mark.slow
 def test_equals_the_plain_program(tmp_path_factory, rows, **choices):
