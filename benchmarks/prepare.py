@@ -10,6 +10,7 @@ fifth of it, bytes on disk, and what it would take for the paper's 5,313,992,425
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -154,10 +155,8 @@ def in_process(side: str, folder: Path, root: Path) -> dict[str, Any]:
 
 def _sizes(folder: Path) -> Iterator[int]:
     for path in folder.rglob("*"):
-        try:
+        with contextlib.suppress(OSError):
             yield path.stat().st_blocks * 512
-        except OSError:
-            pass
 
 
 # --- the comparison -------------------------------------------------------------------------------
@@ -273,9 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--behaviours", type=int, default=50_000_000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--quick", action="store_true", help="4 million behaviours once, within 50 s"
-    )
+    parser.add_argument("--quick", action="store_true", help="4 million, once: within 50 s")
     parser.add_argument("--spark", action="store_true", help="run a fifth of them on Spark, too")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")

@@ -85,11 +85,9 @@ def clean_logs(
     rules = file.logs
     if rules.min_rating is None:
         logs = logs.drop("rating")
-    steps = _Steps(engine, file, where)
-    steps.done = [
-        read,
-        {"step": "services", "logs": services, "users": engine.value(users.count())},
-    ]
+    services = sum(of_service)
+    chosen = {"step": "services", "logs": services, "users": engine.value(users.count())}
+    steps = _Steps(engine, file, where, [read, chosen], of_service)
     logs = steps.keep("titled", logs, "no text")
     if not rules.drop_untitled and (lost := services - steps.done[-1]["logs"]):
         raise CorpusError(
