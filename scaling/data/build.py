@@ -21,7 +21,7 @@ from scaling.data.corpus import SPLITS, CorpusError
 from scaling.data.engine import Engine
 from scaling.data.logs import CleanLogs, Progress, clean_logs
 from scaling.data.recipe import CorpusFile, Users
-from scaling.data.task_forms import write_task
+from scaling.data.task_build import write_task
 from scaling.packing import spans
 
 Ints = NDArray[np.int64]
@@ -83,7 +83,7 @@ def build(
     begin("tasks")
     for name in file.tasks:
         folder = staged / "tasks" / name
-        write_task(clean, name, file, uids, keys, splits["downstream"], folder)
+        write_task(clean, name, file, uids, keys, splits, folder)
     begin("digests")
     return Built(clean.steps, {s: len(splits[s]) for s in SPLITS}, vocab_size)
 

@@ -18,6 +18,7 @@ from scaling.config import (
     short_digest,
 )
 from scaling.data.sources import source_config
+from scaling.data.task_config import TaskConfig
 
 PREPARATION = 2
 """Version of the preparation: rises when the same corpus file would give another corpus."""
@@ -75,24 +76,6 @@ class TokenizerConfig(Frozen):
     """Distinct texts of pretraining it learns from, at most: those of the lowest hashes."""
 
 
-class TaskConfig(Frozen):
-    """A downstream task: predict a user's last items of one service."""
-
-    service: Name
-    users: Literal["downstream", "all"] = "downstream"
-    """``all``: whoever has the logs; only where the service is not one of pretraining."""
-    targets: Count = 3
-    """The latest logs of the service. [items]"""
-    min_history: Count = 1
-    """Logs of the service before the targets that a user must have. [items]"""
-    negatives: Count = 100
-    """Items per target, uniform among those of the service that the user never touched."""
-    cut: Literal["day", "time", "order"] | None = None
-    """History is strictly before the first target by day, by time or by stored order; None: by day
-    where all times are whole days, by order where there are none, else by time. By order, the task
-    has histories of its own service alone."""
-
-
 class Nominal(Frozen):
     """Statistics of a corpus nobody has here, so that its sweeps can be planned and priced."""
 
@@ -138,10 +121,11 @@ class CorpusFile(Frozen):
                 )
             if task.users == "downstream" and not self.users.downstream:
                 raise ValueError(f"tasks.{name}.users = 'downstream' needs users.downstream > 0")
-            if task.users == "all" and task.service in self.services:
+            if task.users == "all" and task.encoders == "own" and task.service in self.services:
                 raise ValueError(
                     f"tasks.{name}.users = 'all' would test on logs of pretraining, "
-                    f"as {task.service!r} is a service of it"
+                    f"as {task.service!r} is a service of it; for encoders of other corpora alone: "
+                    "encoders = 'foreign'"
                 )
         return self
 
@@ -159,7 +143,7 @@ class CorpusFile(Frozen):
 
     def task_recipe(self, task: str) -> str:
         """Digest of what decides a task beside the recipe."""
-        return short_digest(canonical_json([task, self.tasks[task].model_dump(mode="json")]))
+        return short_digest(canonical_json([task, self.tasks[task].record]))
 
 
 def read_corpus_file(path: Path) -> CorpusFile:

@@ -1,121 +1,209 @@
-"""How a downstream task is made from logs, and written into the folder of a corpus."""
+"""The forms of a task: which logs of its users are targets, and which are the histories before.
 
-from pathlib import Path
-from typing import Any
+Pure functions of the logs. What they choose is checked again, row by row, before it is stored: the
+times that such a check needs are not kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from scaling.data import store
+from scaling.data.batches import latest
 from scaling.data.corpus import CorpusError
-from scaling.data.engine import Engine
-from scaling.data.logs import CleanLogs
-from scaling.data.recipe import CorpusFile
-from scaling.data.tasks import GROUPS, SCHEMA_VERSION, TaskLogs, build_task
-from scaling.files import write_json
+from scaling.data.permutation import key_of, permute
+from scaling.data.task_config import TaskConfig
+from scaling.packing import spans
+
+Ints = NDArray[np.int64]
+DAY = 86_400
+SEGMENTS = ("new", "cold", "regular", "heavy")
+"""Segments of users, in the order of the numbers stored."""
 
 
-def write_task(
-    clean: CleanLogs,
+@dataclass(frozen=True)
+class TaskLogs:
+    """Logs of a task's users in its history services, in order of (user, time, position), or of
+    (user, position) where the task is cut by stored order. Of the task's service they are all."""
+
+    user: Ints
+    """Row of the user, ascending. [logs]"""
+    service: Ints
+    """Index of the service in the corpus. [logs]"""
+    item: Ints
+    """Item. [logs]"""
+    time: Ints
+    """Unix time [s]; zero where there is none. [logs]"""
+    position: Ints
+    """Stored order among a user's logs of one service. [logs]"""
+    timed: bool
+    """Whether all of them have times."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Rows of ``TaskLogs`` that a task consists of."""
+
+    cut: str
+    """``day``, ``time``, ``order``, or ``none`` where items are set aside at random."""
+    targets: Ints
+    """Oldest first; in the order of the draw if at random. [users, targets]"""
+    history: dict[int, tuple[Ints, Ints]]
+    """Per service: lengths, and rows before the target, oldest first. With several targets that is
+    the first one, in ``leave_one_out`` the last one, which tests. [users], [logs]"""
+    ends: dict[int, Ints]
+    """``leave_one_out``, per service: so many logs of the history are before each target.
+    [users, targets]"""
+
+
+def choose(
     name: str,
-    file: CorpusFile,
-    uids: NDArray[np.int64],
+    config: TaskConfig,
+    logs: TaskLogs,
     keys: NDArray[np.uint64],
-    downstream: NDArray[np.int64],
-    folder: Path,
-) -> None:
-    """Write a task.
+    service: int,
+    services: Sequence[int],
+    max_logs: int,
+) -> Chosen:
+    """Targets and histories of a task.
 
     Args:
-        uids: of all users, ascending. [users]
-        keys: hashes of all users, ascending. [users]
-        downstream: the downstream users, as rows of both.
+        keys: of the users. [users]
+        service: index of the task's service.
+        services: indices of the services that have histories.
+        max_logs: most recent logs kept in a history, per service.
 
     Raises:
-        CorpusError: the logs cannot make the task.
+        CorpusError: a user has too few logs of the service, or the logs have no times that the form
+            asks for.
     """
-    engine, config = clean.engine, file.tasks[name]
-    service = file.all_services.index(config.service)
-    names = [config.service, *(s for s in file.services if s != config.service)]
-    services = [file.all_services.index(s) for s in names]
-    logs = clean.logs.filter(clean.logs.service.isin(services))
-    if config.users == "downstream":
-        chosen = pa.record_batch({"uid": uids[downstream]})
-        logs = logs.semi_join(engine.load(f"users_{name}", [chosen], chosen.schema), "uid")
-    able = logs.filter(logs.service == service).group_by("uid").aggregate(n=lambda t: t.count())
-    able = able.filter(able.n >= config.targets + config.min_history)
-    logs = logs.semi_join(able, "uid")
-    timed = _timed(engine, logs, name, file)
-    clock = () if config.cut == "order" else ("time",)
-    order = ("uid", *clock, "position", "item")
-    columns = {
-        "uid": np.int64,
-        "service": np.int64,
-        "item": np.int64,
-        "time": np.int64,
-        "position": np.int64,
-    }
-    logs = logs.mutate(time=logs.time.fill_null(0))
-    uid, service_of, item, time, position = engine.fetch(logs, columns, order)
-    rows, user = np.unique(uid, return_inverse=True)
-    task_keys = keys[np.searchsorted(uids, rows)]
-    if not len(task_keys):
+    n_users = len(keys)
+    rows = np.flatnonzero(logs.service == service)
+    counts = np.bincount(logs.user[rows], minlength=n_users)
+    if counts.min(initial=config.targets) < config.targets:
         raise CorpusError(
-            f"task {name!r}: no user has the {config.targets} targets and "
-            f"{config.min_history} earlier logs of {config.service!r} that it asks for"
+            f"task {name!r}: a user has fewer than {config.targets} logs of its service"
         )
-    (candidates,) = engine.fetch(
-        clean.items.filter(clean.items.service == service), {"item": np.int64}, ("item",)
-    )
-    arrays = build_task(
-        name,
-        config,
-        TaskLogs(user, service_of, item, time, position, timed),
-        task_keys,
-        service,
-        services,
-        candidates,
-        file.users.max_logs,
-    )
-    store.write_array(folder / "keys.npy", task_keys)
-    store.write_array(folder / "group.npy", task_keys % np.uint64(GROUPS))
-    store.write_array(folder / "targets.npy", arrays.targets)
-    store.write_array(folder / "negatives.npy", arrays.negatives)
-    store.write_array(folder / "candidates.npy", candidates)
-    for s, ragged in arrays.history.items():
-        store.write_ragged(folder / "history" / file.all_services[s], *ragged)
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "name": name,
-        "services": [file.all_services[s] for s in arrays.history],
-        **config.model_dump(mode="json"),
-        "cut": arrays.cut,
-        "n_users": len(task_keys),
-        "n_candidates": len(candidates),
-    }
-    write_json(folder / "task.json", record)
+    starts = np.cumsum(counts) - counts
+    cut, clock = "none", logs.time
+    if config.form == "random":
+        targets, before = _at_random(name, config, logs, keys, service)
+    else:
+        place = 0 if config.form == "first" else counts - config.targets
+        targets = rows[(starts + place)[:, None] + np.arange(config.targets)]
+        cut = config.cut or _default_cut(config, logs)
+        clock = _clock(cut, logs)
+        bound = clock[targets[:, -1 if config.form == "leave_one_out" else 0]]
+        before = clock < bound[logs.user]
+    history, ends = {}, {}
+    for s in (service,) if cut == "order" else services:
+        kept = np.flatnonzero(before & (logs.service == s))
+        lengths = np.bincount(logs.user[kept], minlength=n_users)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        lengths, kept = history[s] = latest(offsets, kept, np.arange(n_users), max_logs)
+        if config.form == "leave_one_out":
+            user = logs.user[kept]
+            earlier = clock[kept][:, None] < clock[targets][user]
+            ends[s] = np.stack([np.bincount(user[e], minlength=n_users) for e in earlier.T], 1)
+    return Chosen(cut, targets, history, ends)
 
 
-def _timed(engine: Engine, logs: Any, name: str, file: CorpusFile) -> bool:
-    """Whether the logs of a task have times.
+def _at_random(
+    name: str, config: TaskConfig, logs: TaskLogs, keys: NDArray[np.uint64], service: int
+) -> tuple[Ints, NDArray[np.bool_]]:
+    """Rows of items set aside, and which logs are of others.
+
+    A user's items are set aside with all their logs. Which they are is a permutation keyed by task
+    and user over the items in the order of their numbers.
+
+    Returns:
+        [users, targets], [logs]
+    """
+    own = np.flatnonzero(logs.service == service)
+    width = np.int64(logs.item.max(initial=0) + 1)
+    pair = logs.user * width + logs.item
+    _, first = np.unique(pair[own], return_index=True)
+    rows = own[first]
+    counts = np.bincount(logs.user[rows], minlength=len(keys))
+    if counts.min(initial=config.targets) < config.targets:
+        raise CorpusError(
+            f"task {name!r}: a user has fewer than {config.targets} items of its service"
+        )
+    key = keys ^ np.uint64(key_of("set aside", name))
+    drawn = permute(np.arange(config.targets), counts[:, None], key[:, None])
+    targets = rows[(np.cumsum(counts) - counts)[:, None] + drawn]
+    return targets, ~((logs.service == service) & np.isin(pair, pair[targets]))
+
+
+def _default_cut(config: TaskConfig, logs: TaskLogs) -> str:
+    if not logs.timed:
+        return "time" if config.form == "first" else "order"
+    return "time" if (logs.time % DAY).any() else "day"
+
+
+def _clock(cut: str, logs: TaskLogs) -> Ints:
+    if cut == "order":
+        return logs.position
+    if not logs.timed:
+        raise CorpusError(f"a task cannot be cut by {cut!r}: the logs have no times")
+    return logs.time // DAY if cut == "day" else logs.time
+
+
+def refuse_leaks(name: str, config: TaskConfig, logs: TaskLogs, chosen: Chosen) -> None:
+    """Check the rows chosen, one by one and in another way than they were found.
 
     Raises:
-        CorpusError: only some have, and the task would compare them.
+        CorpusError: a history has a log of another user or service, a target, or one that is not
+            strictly before the target it is for.
     """
-    found = logs.group_by("service").aggregate(
-        timed=logs.time.notnull().any(), untimed=logs.time.isnull().any()
-    )
-    service, *flags = engine.fetch(
-        found, {"service": np.int64, "timed": np.bool_, "untimed": np.bool_}, ("service",)
-    )
-    timed, untimed = (
-        ", ".join(file.all_services[s] for s in service[flag].tolist()) for flag in flags
-    )
-    if timed and untimed and file.tasks[name].cut != "order":
-        raise CorpusError(
-            f"task {name!r}: there are logs without times of {untimed}, and with times of {timed}; "
-            f"which were earlier is unknown. tasks.{name}.cut = 'order' needs no times and keeps "
-            f"histories of {file.tasks[name].service!r} alone"
-        )
-    return not untimed
+    n_users, n_targets = chosen.targets.shape
+    user = np.arange(n_users)
+    clock = None if chosen.cut == "none" else _clock(chosen.cut, logs)
+    faults = []
+    if (logs.user[chosen.targets] != user[:, None]).any():
+        faults.append("a target is a log of another user")
+    for s, (lengths, rows) in chosen.history.items():
+        of = np.repeat(user, lengths)
+        if (logs.user[rows] != of).any() or (logs.service[rows] != s).any():
+            faults.append("a history has a log of another user or service")
+            continue
+        starts = np.cumsum(lengths) - lengths
+        for t in range(n_targets):
+            ends = chosen.ends[s][:, t] if chosen.ends else lengths
+            seen = rows[spans(starts, ends)]
+            target = chosen.targets[np.repeat(user, ends), t]
+            if clock is not None and (clock[seen] >= clock[target]).any():
+                faults.append(f"a history has logs at or after target {t + 1}")
+            if clock is None and (logs.item[seen] == logs.item[target]).any():
+                faults.append(f"a history has the item of target {t + 1}")
+    if faults:
+        raise CorpusError(f"task {name!r} leaks: {'; '.join(dict.fromkeys(faults))}")
+
+
+def bounds(chosen: Chosen, logs: TaskLogs) -> Ints:
+    """Time before which a user's logs are before the first target. [users] [s]"""
+    time = logs.time[chosen.targets[:, 0]]
+    return time // DAY * DAY if chosen.cut == "day" else time
+
+
+def segment(before: Ints, recent: Ints, keys: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """Segment of each user (Shin et al. 2023, online test), as a place in ``SEGMENTS``.
+
+    New: no behaviour in the month before the first target. Of the other n users, by behaviours
+    before the first target and, among equals, by key: the first ⌊n/10⌋ are cold, the last ⌊n/10⌋
+    are heavy.
+
+    Args:
+        before: behaviours before the first target, in all services. [users]
+        recent: those of the last month of it. [users]
+        keys: of the users. [users]
+    """
+    found = np.full(len(keys), SEGMENTS.index("regular"), np.uint8)
+    found[recent == 0] = SEGMENTS.index("new")
+    others = np.flatnonzero(recent)
+    others = others[np.lexsort([keys[others], before[others]])]
+    tenth = len(others) // 10
+    found[others[:tenth]] = SEGMENTS.index("cold")
+    found[others[len(others) - tenth :]] = SEGMENTS.index("heavy")
+    return found

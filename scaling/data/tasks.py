@@ -1,11 +1,9 @@
-"""Downstream tasks: predict a user's last items of one service among items never touched.
+"""Downstream tasks: predict some of a user's items of one service, among items never touched.
 
-Shin et al. 2023, Section 4: a user's latest logs of a service are the targets, each ranked against
-100 negatives drawn uniformly from the service's items that the user never touched. Negatives are
-drawn once and stored. The history ends strictly before the first target; where times
-are days it ends the day before, as the order within a day is arbitrary and a basket would give its
-own items away. Where it goes by stored order it holds the task's own service alone: positions of
-different services do not say which log was earlier.
+What the targets are is the form of the task (``task_config.py``). A history ends strictly before
+the first target; where times are days it ends the day before, as the order within a day is
+arbitrary and a basket would give its own items away. Where it goes by stored order it holds the
+task's own service alone: positions of different services do not say which log was earlier.
 
     tasks/<task>/
         task.json
@@ -13,9 +11,13 @@ different services do not say which log was earlier.
         targets.npy  negatives.npy                  [users, targets(, negatives)]
         candidates.npy                              [items of the service]
         history/<service>/{offsets,items}.npy
+        history/<service>/ends.npy                  [users, targets], leave_one_out only
+        segment.npy                                 [users], where asked for
+
+A task is checked for leaks when it is made, and whenever it is opened or verified.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -25,152 +27,14 @@ from numpy.typing import NDArray
 
 from scaling.data.batches import latest, pack_items
 from scaling.data.corpus import Corpus, CorpusError, load_array
-from scaling.data.permutation import key_of, permute
-from scaling.data.recipe import TaskConfig
+from scaling.data.task_forms import SEGMENTS
 from scaling.files import read_json
-from scaling.packing import PackedBatch
+from scaling.packing import PackedBatch, spans
 
 Ints = NDArray[np.int64]
 SCHEMA_VERSION = 1
 GROUPS = 10
 """Groups of users by hash: the unit of an 80/10/10 split and of its rotations."""
-DAY = 86_400
-
-
-@dataclass(frozen=True)
-class TaskLogs:
-    """All logs of a task's users in its history services, in order of (user, time, position), or
-    of (user, position) where the task is cut by stored order."""
-
-    user: Ints
-    """Row of the user, ascending. [logs]"""
-    service: Ints
-    """Index of the service in the corpus. [logs]"""
-    item: Ints
-    """Item. [logs]"""
-    time: Ints
-    """Unix time [s]; all zero where there are no times. [logs]"""
-    position: Ints
-    """Stored order among a user's logs of one service. [logs]"""
-    timed: bool
-    """Whether the logs have times."""
-
-
-@dataclass(frozen=True)
-class TaskArrays:
-    """Content of a task, ready to be written."""
-
-    cut: str
-    targets: Ints
-    """Oldest first. [users, targets]"""
-    negatives: Ints
-    """[users, targets, negatives]"""
-    history: dict[int, tuple[Ints, Ints]]
-    """Per service (the task's own alone if cut by order): lengths and items, oldest first.
-    [users], [logs]"""
-
-
-def build_task(
-    name: str,
-    config: TaskConfig,
-    logs: TaskLogs,
-    keys: NDArray[np.uint64],
-    service: int,
-    services: Sequence[int],
-    candidates: Ints,
-    max_logs: int,
-) -> TaskArrays:
-    """Targets, negatives and histories of a task.
-
-    Args:
-        keys: of the users. [users]
-        service: index of the task's service.
-        services: indices of the history services.
-        candidates: items of the task's service, ascending.
-        max_logs: most recent logs kept in a history, per service.
-
-    Raises:
-        CorpusError: a user has too few logs of the service, or too few untouched items.
-    """
-    n_users, n_targets = len(keys), config.targets
-    own = logs.service == service
-    counts = np.bincount(logs.user[own], minlength=n_users)
-    if counts.min(initial=n_targets) < n_targets:
-        raise CorpusError(f"task {name!r}: a user has fewer than {n_targets} logs of its service")
-    ends = np.cumsum(counts)
-    last = np.flatnonzero(own)[ends[:, None] - n_targets + np.arange(n_targets)]
-    targets = logs.item[last]
-    cut = config.cut or _default_cut(logs)
-    clock = _clock(cut, logs)
-    before = clock < clock[last[:, 0]][logs.user]
-    history = {}
-    for s in (service,) if cut == "order" else services:
-        kept = np.flatnonzero(before & (logs.service == s))
-        lengths = np.bincount(logs.user[kept], minlength=n_users)
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        history[s] = latest(offsets, logs.item[kept], np.arange(n_users), max_logs)
-    negatives = draw_negatives(name, config, logs.user[own], logs.item[own], keys, candidates)
-    return TaskArrays(cut, targets, negatives, history)
-
-
-def _default_cut(logs: TaskLogs) -> str:
-    if not logs.timed:
-        return "order"
-    return "time" if (logs.time % DAY).any() else "day"
-
-
-def _clock(cut: str, logs: TaskLogs) -> Ints:
-    if cut == "order":
-        return logs.position
-    if not logs.timed:
-        raise CorpusError(f"a task cannot be cut by {cut!r}: the logs have no times")
-    return logs.time // DAY if cut == "day" else logs.time
-
-
-def draw_negatives(
-    name: str,
-    config: TaskConfig,
-    user: Ints,
-    item: Ints,
-    keys: NDArray[np.uint64],
-    candidates: Ints,
-) -> Ints:
-    """Negatives of every target, uniform without replacement over what the user never touched.
-
-    The r-th untouched candidate is found from the touched ones alone, and r runs over the first
-    values of a permutation keyed by task, user and target: exact, and the same on every machine.
-
-    Args:
-        user, item: every log of the service. [logs]
-
-    Returns:
-        Items. [users, targets, negatives]
-    """
-    n_users = len(keys)
-    place = np.searchsorted(candidates, item)
-    touched = np.unique(user * np.int64(len(candidates)) + place)
-    row, place = np.divmod(touched, len(candidates))
-    counts = np.bincount(row, minlength=n_users)
-    free = len(candidates) - counts
-    if n_users and free.min() < config.negatives:
-        raise CorpusError(
-            f"task {name!r}: negatives = {config.negatives}, but a user has touched all but "
-            f"{free.min()} of the {len(candidates)} items of {config.service!r}"
-        )
-    salt = np.uint64(key_of("negatives", name))
-    target = np.arange(config.targets, dtype=np.uint64)[None, :, None]
-    with np.errstate(over="ignore"):
-        key = (keys[:, None, None] ^ salt) + target * np.uint64(0xD1342543DE82EF95)
-    rank = permute(np.arange(config.negatives), free[:, None, None], key)
-    # The i-th touched place p has p - i untouched places before it; the r-th untouched place is
-    # r + (number of touched places with p - i <= r). One search over all users: offset by row.
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])[:-1]
-    width = np.int64(len(candidates) + 1)
-    gaps = place - (np.arange(len(place)) - starts[row]) + row * width
-    at = np.arange(n_users)[:, None, None]
-    passed = np.searchsorted(gaps, rank + at * width, side="right") - starts[:, None, None]
-    result: Ints = candidates[rank + passed]
-    return result
 
 
 class Task:
@@ -178,35 +42,50 @@ class Task:
 
     Attributes:
         name: of the task.
+        form: ``last``, ``random``, ``first`` or ``leave_one_out``.
         service: whose items are predicted.
-        services: whose histories are stored: the task's service first, and alone if cut by order.
-        cut: ``day``, ``time`` or ``order``: what "before the first target" means.
+        services: whose histories are stored: the task's service first.
+        cut: ``day``, ``time`` or ``order``: what "before the first target" means; ``none`` where
+            items are set aside at random.
+        disjoint: whether its users are not to be users of pretraining.
+        foreign: whether it is for encoders of other corpora alone.
         keys: of the users, ascending. [users]
         group: hash group 0..9 of each user, the unit of splits. [users]
-        targets: items, oldest first. [users, targets]
-        negatives: items. [users, targets, negatives]
+        targets: items, oldest first (at random: in the order of the draw); of ``leave_one_out`` the
+            one that validates, then the one that tests. [users, targets]
+        negatives: items; none where a target is ranked among all candidates.
+            [users, targets, negatives]
         candidates: all items of the service, ascending. [items]
+        segment: place of each user in ``task_forms.SEGMENTS``; None where it was not asked for.
+            [users]
     """
 
     def __init__(self, path: Path, record: dict[str, Any]):
         self.path = path
         self.name: str = record["name"]
+        self.form: str = record.get("form", "last")
         self.service: str = record["service"]
         self.services: tuple[str, ...] = tuple(record["services"])
         self.cut: str = record["cut"]
         self.disjoint: bool = record["users"] == "downstream"
+        self.foreign: bool = record.get("encoders") == "foreign"
         self.keys = load_array(path / "keys.npy")
         self.group = load_array(path / "group.npy")
         self.targets = load_array(path / "targets.npy", ndim=2)
-        self.negatives = load_array(path / "negatives.npy", ndim=3)
+        self.negatives = (
+            load_array(path / "negatives.npy", ndim=3)
+            if record["negatives"]
+            else np.zeros((*self.targets.shape, 0), np.uint8)
+        )
         self.candidates = load_array(path / "candidates.npy")
-        self._history = {
-            s: (
-                load_array(path / "history" / s / "offsets.npy"),
-                load_array(path / "history" / s / "items.npy"),
-            )
-            for s in self.services
-        }
+        self.segment = load_array(path / "segment.npy") if record.get("segments") else None
+        self._history: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
+        self._ends: dict[str, NDArray[Any]] = {}
+        for s in self.services:
+            folder = path / "history" / s
+            self._history[s] = load_array(folder / "offsets.npy"), load_array(folder / "items.npy")
+            if self.form == "leave_one_out":
+                self._ends[s] = load_array(folder / "ends.npy", ndim=2)
 
     @classmethod
     def open(cls, corpus: Corpus, name: str) -> Self:
@@ -234,8 +113,15 @@ class Task:
         """Users of the task."""
         return len(self.keys)
 
-    def history(self, service: str) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Logs before the first target in one service, oldest first; rows may be empty.
+    def history(self, service: str, target: int = 0) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Logs before a target in one service, oldest first; rows may be empty.
+
+        All targets of a user have the history before the first one; only in ``leave_one_out`` has
+        each its own. There the first target's is what is left to train on: any log of it is a
+        target whose history is the logs before it.
+
+        Args:
+            target: place of the target.
 
         Returns:
             ``(offsets, items)``: user ``u`` has ``items[offsets[u]:offsets[u + 1]]``.
@@ -244,37 +130,135 @@ class Task:
             raise CorpusError(
                 f"{self.path}: no history of {service!r}; valid: {', '.join(self.services)}"
             )
-        return self._history[service]
+        offsets, items = self._history[service]
+        if service not in self._ends:
+            return offsets, items
+        lengths = self._ends[service][:, target].astype(np.int64)
+        kept = items[spans(offsets[:-1].astype(np.int64), lengths)]
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]), kept
 
     def check(self, corpus: Corpus) -> None:
         """Check what would make a result too good.
 
         Raises:
-            CorpusError: a user of a disjoint task is pretrained on; a negative is a target or in
-                the history, or is drawn twice for a target; an item is of another service.
+            CorpusError: as ``refuse_leaks``.
         """
-        trained = corpus.keys[corpus.split("pretraining")]
-        if self.disjoint and (n := int(np.isin(self.keys, trained).sum())):
-            raise CorpusError(f"{self.path}: {n} of its users are users of pretraining")
-        for what, items in (("target", self.targets), ("negative", self.negatives)):
-            if not np.isin(items, self.candidates).all():
-                raise CorpusError(f"{self.path}: a {what} is no item of {self.service!r}")
+        self.refuse_leaks(
+            corpus.keys[corpus.split("pretraining")],
+            corpus.item_service,
+            corpus.services,
+            corpus.card.services,
+            unique=corpus.manifest["corpus_file"]["logs"]["deduplicate"] == "latest",
+        )
+
+    def refuse_leaks(
+        self,
+        trained: NDArray[np.uint64],
+        item_service: NDArray[Any],
+        services: Sequence[str],
+        pretrained: Sequence[str],
+        *,
+        unique: bool,
+    ) -> None:
+        """Check what would make a result too good. When a task is made, ``task_forms`` has checked
+        more: times are not stored.
+
+        Args:
+            trained: keys of the users of pretraining.
+            item_service: index in ``services`` of every item of the corpus. [items]
+            pretrained: services of pretraining.
+            unique: whether no user has two logs of one item.
+
+        Raises:
+            CorpusError: arrays do not fit together; a user of a disjoint task, or of one on a
+                service of pretraining, is pretrained on; a negative is a target or in the history,
+                or is drawn twice for a target; an item is of another service; a history has the
+                item of its target where users have no item twice; a segment has another size than
+                it should.
+        """
+        for faults in (
+            self._misfits(item_service, services),
+            self._leaks(trained, len(item_service), pretrained, unique),
+        ):
+            if lines := "\n".join(f"{self.path}: {fault}" for fault in faults):
+                raise CorpusError(lines)
+
+    def _misfits(self, item_service: NDArray[Any], services: Sequence[str]) -> Iterator[str]:
+        n_users, n_targets = self.targets.shape
+        shapes = {
+            "keys": (self.keys, (n_users,)),
+            "group": (self.group, (n_users,)),
+            "negatives": (self.negatives[:, :, 0:0], (n_users, n_targets, 0)),
+            **{f"{s}: ends": (e, (n_users, n_targets)) for s, e in self._ends.items()},
+            **({} if self.segment is None else {"segment": (self.segment, (n_users,))}),
+        }
+        for name, (array, shape) in shapes.items():
+            if array.shape != shape:
+                yield f"{name} has the shape {array.shape}, targets {self.targets.shape}"
+                return
+        if (self.keys[1:] <= self.keys[:-1]).any():
+            yield "its users do not lie in the order of their keys, or one is there twice"
+        if (self.group != self.keys % np.uint64(GROUPS)).any():
+            yield "a user is in another group than that of its key"
+        of_service = np.flatnonzero(item_service == services.index(self.service))
+        if not np.array_equal(self.candidates, of_service):
+            yield f"its candidates are not the items of {self.service!r}"
+        for what, found in (("target", self.targets), ("negative", self.negatives)):
+            if not np.isin(found, of_service).all():
+                yield f"a {what} is no item of {self.service!r}"
+        for s, (offsets, items) in self._history.items():
+            bounds = offsets.astype(np.int64)
+            if len(bounds) != n_users + 1 or bounds[0] or bounds[-1] != len(items):
+                yield f"the offsets of its histories of {s!r} are not those of {n_users} users"
+            elif (np.diff(bounds) < 0).any():
+                yield f"a history of {s!r} has a negative length"
+            elif int(items.max(initial=0)) >= len(item_service):
+                yield f"a history of {s!r} has an item that the corpus lacks"
+            elif (item_service[items] != services.index(s)).any():
+                yield f"a history of {s!r} has an item of another service"
+            elif s in self._ends:
+                ends = np.column_stack([self._ends[s].astype(np.int64), np.diff(bounds)])
+                if (np.diff(ends, axis=1) < 0).any() or (ends[:, -2] != ends[:, -1]).any():
+                    yield f"the histories of {s!r} do not end at one target after the other"
+
+    def _leaks(
+        self, trained: NDArray[np.uint64], n_items: int, pretrained: Sequence[str], unique: bool
+    ) -> Iterator[str]:
+        if (n := int(np.isin(self.keys, trained).sum())) and not self.foreign:
+            if self.disjoint:
+                yield f"{n} of its users are users of pretraining"
+            elif self.service in pretrained:
+                yield f"{n} of its users have their logs of {self.service!r} in pretraining"
         ordered = np.sort(self.negatives, axis=2)
         if (ordered[:, :, 1:] == ordered[:, :, :-1]).any():
-            raise CorpusError(f"{self.path}: a negative is drawn twice for one target")
-        width = np.int64(corpus.n_items)
-        row = np.arange(self.n_users, dtype=np.int64)
-        drawn = (self.negatives.reshape(self.n_users, -1) + row[:, None] * width).ravel()
-        offsets, items = self.history(self.service)
-        lengths: Ints = offsets[1:].astype(np.int64) - offsets[:-1].astype(np.int64)
-        known = np.concatenate(
-            [
-                (self.targets + row[:, None] * width).ravel(),
-                items + np.repeat(row, lengths) * width,
-            ]
-        )
+            yield "a negative is drawn twice for one target"
+        row = np.arange(self.n_users, dtype=np.int64)[:, None] * n_items
+        targets = self.targets + row
+        drawn = self.negatives.reshape(self.n_users, -1) + row
+        bounds, stored = self._history[self.service]
+        known = np.concatenate([targets.ravel(), stored + np.repeat(row, _lengths(bounds))])
         if np.isin(drawn, known).any():
-            raise CorpusError(f"{self.path}: a negative is an item the user touched")
+            yield "a negative is an item the user touched"
+        if unique or self.form == "random":
+            if len(np.unique(targets)) < targets.size:
+                yield "an item is twice among a user's targets"
+            for t in range(targets.shape[1]):
+                offsets, items = self.history(self.service, t)
+                of = np.repeat(row, _lengths(offsets))
+                if np.isin(items + of, targets[:, t:]).any():
+                    yield f"a history before target {t + 1} has the item of a target after it"
+        if self.segment is not None:
+            sizes = np.bincount(self.segment, minlength=len(SEGMENTS))
+            tenth = (self.n_users - sizes[SEGMENTS.index("new")]) // 10
+            if len(sizes) > len(SEGMENTS) or any(
+                sizes[SEGMENTS.index(s)] != tenth for s in ("cold", "heavy")
+            ):
+                yield f"its segments have {sizes.tolist()} users; cold and heavy are {tenth} each"
+
+
+def _lengths(offsets: NDArray[Any]) -> Ints:
+    bounds = offsets.astype(np.int64)
+    return bounds[1:] - bounds[:-1]
 
 
 @dataclass(frozen=True)

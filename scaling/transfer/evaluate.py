@@ -162,8 +162,9 @@ def evaluate(
         compare over runs; null for popularity.
 
     Raises:
-        TransferError: the corpus is not the run's, a setting is not valid (for a task), or the
-            encoder's features are not finite (a diverged run).
+        TransferError: the corpus is not the run's, a setting is not valid (for a task), a task is
+            of a form that this does not evaluate, or the encoder's features are not finite (a
+            diverged run).
         RecordError: the run has no whole checkpoint, or its record is torn.
         CorpusError: the corpus has no such task.
     """
@@ -180,13 +181,7 @@ def evaluate(
     rows: list[Row] = []
     for done, name in enumerate(tasks):
         task = Task.open(corpus, name)
-        others = sorted(set(corpus.card.services) - {task.service})
-        if history == "all" and task.cut == "order" and others:
-            raise TransferError(
-                f"task {name!r}: history = 'all' would need to know which logs of "
-                f"{', '.join(others)} came before the targets, but the task is cut by stored order "
-                f"(cut = 'order'), which says so within {task.service!r} alone; valid: target"
-            )
+        _refuse(corpus, task, history)
         path = run.path / "transfer" / f"{name}.json"
         header = {
             "schema_version": SCHEMA_VERSION,
@@ -225,6 +220,41 @@ def evaluate(
             progress((done + 1) * folds, len(tasks) * folds)
         rows += found
     return rows
+
+
+def _refuse(corpus: Corpus, task: Task, history: str) -> None:
+    """Refuse what a task cannot be asked for.
+
+    Raises:
+        TransferError: it lacks the histories asked for, or this evaluation is none of its form.
+    """
+    if task.foreign:
+        raise TransferError(
+            f"task {task.name!r} is for encoders of other corpora (encoders = 'foreign'): this "
+            "run's pretraining may have its targets"
+        )
+    if task.form == "leave_one_out" or not task.negatives.shape[2]:
+        raise TransferError(
+            f"task {task.name!r}: only tasks of stored negatives and of users in folds are "
+            f"evaluated, and its form is {task.form!r} with {task.negatives.shape[2]} negatives"
+        )
+    if task.form == "first" and history == "target":
+        raise TransferError(
+            f"task {task.name!r}: before a first log of {task.service!r} (form = 'first') there is "
+            "no history of it; valid: all"
+        )
+    others = sorted(set(corpus.card.services) - {task.service})
+    if history == "all" and task.cut == "order" and others:
+        raise TransferError(
+            f"task {task.name!r}: history = 'all' would need to know which logs of "
+            f"{', '.join(others)} came before the targets, but the task is cut by stored order "
+            f"(cut = 'order'), which says so within {task.service!r} alone; valid: target"
+        )
+    if history == "all" and others and task.services == (task.service,):
+        raise TransferError(
+            f"task {task.name!r} stores histories of {task.service!r} alone (history = 'service'); "
+            "valid: target"
+        )
 
 
 def _recorded(path: Path, header: Row) -> list[Row] | None:
