@@ -27,8 +27,9 @@ from scaling.files import read_json
 SCHEMA_VERSION = 1
 SPLITS = ("pretraining", "validation", "pool")
 MANIFEST = {
-    "name": str, "digest": str, "services": list, "splits": dict, "steps": list, "files": dict,
-    "tasks": dict, "card": dict,
+    "name": str, "digest": str, "recipe": str, "corpus_file": dict, "task_recipes": dict,
+    "sources": list, "services": list, "splits": dict, "steps": list, "files": dict, "tasks": dict,
+    "card": dict,
 }  # fmt: skip
 """Keys that every manifest has, and what they hold."""
 INT32_MAX = 2**31 - 1

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from scaling import ClueError
 from scaling.cli import app
 from scaling.data import corpus as store
+from scaling.data import verify
 from scaling.data.corpus import Corpus, CorpusError, load_array
 from scaling.data.prepare import find_prepared
 from scaling.data.tasks import Task
@@ -25,7 +26,7 @@ def corpus(tiny_corpus):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Every loop over blocks takes many turns, and one that is not whole."""
-    monkeypatch.setattr(store, "BLOCK", 32 * 3)
+    monkeypatch.setattr(verify, "BLOCK", 32 * 3)
     monkeypatch.setattr(store.blocks, "__defaults__", (32 * 3,))
 
 
@@ -64,7 +65,7 @@ def test_a_whole_corpus_is_whole(corpus, small_blocks, monkeypatch, resigned):
     told = []
     corpus.verify(lambda *what: told.append(what))
     assert told == []  # nothing large
-    monkeypatch.setattr(store, "LARGE", 0)
+    monkeypatch.setattr(verify, "LARGE", 0)
     corpus.verify(lambda *what: told.append(what))
     sizes = [r["bytes"] for r in corpus.manifest["files"].values()]
     assert [done for done, *_ in told] == [sum(sizes[:i]) for i in range(len(sizes))]
@@ -339,7 +340,10 @@ def test_wrong_content_under_right_digests_is_found(corpus, small_blocks, resign
     if change == "target":
         change = put(Task.open(corpus, "books").targets[0, 1], 0, 0, 0)
     elif change == "key":
-        change = put(corpus.keys[0], 0)
+        trained = corpus.keys[0]
+        assert trained < Task.open(corpus, "books").keys[1]  # the order of the users stays
+        change = put(trained, 0)
+        rewrite(corpus.path / "tasks/books/group.npy", put(int(trained % 10), 0))
     elif change == "garden":
         change = put(corpus.service_items("garden")[0], -1)
     rewrite(corpus.path / name, change)
