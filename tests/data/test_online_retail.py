@@ -204,6 +204,27 @@ def test_a_sheet_that_notes_a_wrong_size_is_read_whole(tmp_path):
     assert read(other) == read(path)
 
 
+def test_cells_that_a_sheet_leaves_out_are_empty(tmp_path):
+    book = openpyxl.Workbook()
+    book.active.append([*HEADER.split(","), None, "more"])
+    date = datetime(2010, 12, 1, 8, 26)
+    for row in (
+        ["536365", 22139, "TEA", 1, date, 2],
+        [],
+        [536366, 22139, None, 1.0, date, 0],
+        [1, 2],
+    ):
+        book.active.append(row)
+    book.save(tmp_path / "l.xlsx")
+    time = unix(2010, 12, 1, 8, 26)
+    assert read(tmp_path / "l.xlsx") == [
+        Log("536365", "retail", "22139", "TEA", time, 2),
+        Log("536366", "retail", "22139", None, time, 4),
+        Log(problem=f"{tmp_path / 'l.xlsx'}:5: not a time: ''"),
+    ]
+    assert read(tmp_path / "l.xlsx", user="customer")[0].problem
+
+
 def test_xlsx_without_openpyxl_tells_what_to_install(tmp_path, monkeypatch):
     *_, path = write_copies(tmp_path, SALES)
     monkeypatch.setitem(sys.modules, "openpyxl", None)
