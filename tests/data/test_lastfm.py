@@ -1,6 +1,7 @@
 """The source of Last.fm 2K: the real files, and a fixture of ours in their format."""
 
 import gzip
+from collections import defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.prepare import prepare
 from scaling.data.sources import Log, source_config, source_files
 from scaling.data.sources.lastfm import rows
+from scaling.data.tasks import Task
 
 CORPUS_FILE = Path(__file__).parents[2] / "sweeps" / "corpora" / "lastfm.toml"
 # Of ours, in the format of the readme of hetrec2011-lastfm-2k.zip, with its ends of lines of DOS.
@@ -151,5 +153,14 @@ def test_the_corpus_file(clue_test_data, real, tmp_path, monkeypatch):
     given = [r for r in table(real / "user_taggedartists.dat.gz") if int(r[5]) > 2000]
     assert steps["deduplicated"]["logs"] == 92_834 + len({(r[0], r[2]) for r in given})
     assert corpus.n_items == 17_632 + len({r[2] for r in given})
-    both = {r[0] for r in given} & {r[0] for r in table(real / "user_artists.dat.gz")}
-    assert sum(corpus.manifest["splits"].values()) == len(both)
+    tags, artists = defaultdict(set), defaultdict(set)
+    for r in given:
+        tags[r[0]].add(r[2])
+    for user, artist, _ in table(real / "user_artists.dat.gz"):
+        artists[user].add(artist)
+    both = tags.keys() & artists.keys()
+    eligible = sum(len(tags[u]) >= 4 and len(artists[u]) >= 4 for u in both)
+    downstream = round(0.4 * eligible)
+    assert sum(corpus.manifest["splits"].values()) == len(both) - downstream
+    assert Task.open(corpus, "listened").n_users == downstream
+    assert Task.open(corpus, "tagged").cut == "day"

@@ -19,6 +19,7 @@ from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.prepare import prepare
 from scaling.data.sources import Log, source_config
 from scaling.data.sources.online_retail import rows
+from scaling.data.tasks import Task
 
 CORPUS_FILE = Path(__file__).parents[2] / "sweeps" / "corpora" / "online_retail.toml"
 HEADER = "InvoiceNo,StockCode,Description,Quantity,InvoiceDate,UnitPrice,CustomerID,Country"
@@ -386,3 +387,4 @@ def test_the_corpus_file_gives_the_published_counts(clue_test_data, tmp_path, mo
     users, items, logs = (16_520, 3_469, 519_906) if keys is INVOICES else (4_109, 3_184, 386_186)
     assert (last["step"], last["users"], last["logs"]) == ("k_core", users, logs)
     assert corpus.n_items == items
+    assert Task.open(corpus, "lmrec").n_users == users  # who has five logs has three
