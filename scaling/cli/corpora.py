@@ -1,5 +1,7 @@
 """Verbs on corpora."""
 
+import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +13,8 @@ from scaling.cli.terminal import cell, print_json, print_table, progress
 
 CorpusFile = Annotated[Path, typer.Argument(help="Corpus file (TOML).")]
 CorpusName = Annotated[str, typer.Argument(help="Name of a prepared corpus, or its digest.")]
+LEAST_MEMORY = 500_000_000
+"""Of DuckDB. [bytes]"""
 LENGTHS = ("mean", "min", "p10", "p25", "p50", "p75", "p90", "p99", "max")
 SPREAD = (
     "service", "users", "behaviours", "tokens", "vocabulary", "items", "top_1pct", "top_10pct",
@@ -25,11 +29,33 @@ corpus_app = typer.Typer(
 app.add_typer(corpus_app, name="corpus")
 
 
+class EngineChoice(StrEnum):
+    """Where the relational part of a preparation runs."""
+
+    duckdb = "duckdb"
+    spark = "spark"
+
+
 @app.command()
-def prepare(corpus_file: CorpusFile, root: Root = WORK) -> None:
+def prepare(
+    corpus_file: CorpusFile,
+    root: Root = WORK,
+    engine: Annotated[
+        EngineChoice,
+        typer.Option(
+            help="duckdb: one machine, larger than memory; spark: the configured session."
+        ),
+    ] = EngineChoice.duckdb,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory of DuckDB, such as 64GB; default: 2 GiB a core, at most half."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Make a corpus from behaviour logs.
 
-    Again with nothing changed it is a quick no-op. Prints the folder of the corpus.
+    The corpus is the same on both engines. Again with nothing changed it is a quick no-op. Prints
+    the folder of the corpus.
 
     \b
     Example:
@@ -37,11 +63,36 @@ def prepare(corpus_file: CorpusFile, root: Root = WORK) -> None:
     """
     from scaling.data.prepare import prepare as publish
 
+    limit = None if memory is None else _bytes(memory)
     with progress("prepare") as update:
         path = publish(
-            corpus_file, root, progress=lambda stage, done, total: update(done, total, stage)
+            corpus_file,
+            root,
+            engine=engine.value,
+            memory=limit,
+            progress=lambda stage, done, total: update(done, total, stage),
         )
-    typer.echo(path)
+    if as_json:
+        from scaling.data.corpus import read_manifest
+
+        manifest = read_manifest(path)
+        print_json({"path": str(path), **{k: manifest[k] for k in ("digest", "steps", "tasks")}})
+    else:
+        typer.echo(path)
+
+
+def _bytes(text: str) -> int:
+    """Bytes that ``64GB`` or ``500 MiB`` says."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])(i?)B", text.strip())
+    if found is None:
+        raise typer.BadParameter(
+            f"--memory {text!r} is no size; valid: a number and MB, GB, TB, MiB, GiB or TiB"
+        )
+    number, unit, binary = found.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** ("MGT".index(unit) + 2))
+    if size < LEAST_MEMORY:
+        raise typer.BadParameter(f"--memory {text!r} is too little; at least 500MB")
+    return size
 
 
 @corpus_app.command()
