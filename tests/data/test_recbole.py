@@ -3,7 +3,7 @@
 import gzip
 import itertools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.prepare import prepare
 from scaling.data.sources import Log, source_config, source_files
 from scaling.data.sources.recbole import rows
+from scaling.data.tasks import Task
 
 SPLITS = ("train", "valid", "test")
 SEQUENCES = "user_id:token\titem_id_list:token_seq\titem_id:token"
@@ -119,6 +120,15 @@ def test_corpus_file_of_scientific(clue_test_data, tmp_path, monkeypatch):
     assert steps[0] == {"step": "read", "logs": 59_427, "malformed": 0}
     assert {(s["logs"], s["users"]) for s in steps[1:]} == {(59_427, 8_442)}
     assert corpus.n_items == 4_385
+    task = Task.open(corpus, "lmrec")
+    assert (task.n_users, task.cut) == (8_442, "order")
+    for place, split in enumerate(("valid", "test")):  # how often each item is the target
+        path = clue_test_data / "amazon18_scientific_unisrec" / f"Scientific.{split}.inter.gz"
+        with gzip.open(path, "rt") as f:
+            targets = Counter(line.split("\t")[2] for line in list(f)[1:])
+        assert Counter(Counter(task.targets[:, place].tolist()).values()) == Counter(
+            targets.values()
+        )
 
 
 def test_interactions(tmp_path):
