@@ -135,11 +135,13 @@ def report(seconds: float, **more: Any) -> None:
 def in_process(side: str, folder: Path, root: Path) -> dict[str, Any]:
     """Run one side; its report, and the most that its scratch folder held on disk."""
     call = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--root", str(root)]
-    local = {
-        "PYSPARK_SUBMIT_ARGS": "--driver-memory 4g --conf spark.ui.enabled=false pyspark-shell"
-    }
+    submit = "--driver-memory 4g --conf spark.ui.enabled=false pyspark-shell"
     process = subprocess.Popen(
-        call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**local, **os.environ}
+        call,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={"PYSPARK_SUBMIT_ARGS": submit, **os.environ},
     )
     peak, done = 0, threading.Event()
 

@@ -1,6 +1,7 @@
 """Verbs on corpora."""
 
 import re
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -258,6 +259,7 @@ def _print_summary(corpus: dict[str, Any]) -> None:
         f"{cell(behaviours / users['pretraining'])} a user",
         "tokens": f"{cell(corpus['tokens'])} in these, {cell(per_item['mean'])} a behaviour, "
         f"the service's token included",
+        "times": "; ".join(f"{s} {_period(times)}" for s, times in corpus["times"].items()),
         "items": f"{cell(corpus['items'])} of all services",
         "vocabulary": f"{cell(corpus['vocab_size'])} tokens",
         "tasks": ", ".join(corpus["tasks"]) or "none",
@@ -272,6 +274,14 @@ def _print_summary(corpus: dict[str, Any]) -> None:
     typer.echo("\nleft by each step of preparation")
     keys = (key for step in corpus["steps"] for key in step)
     print_table(corpus["steps"], list(dict.fromkeys(["step", *keys])))
+
+
+def _period(times: dict[str, int | None]) -> str:
+    """First and last day of a service's logs (UTC)."""
+    if times["first"] is None or times["last"] is None:
+        return "without times"
+    first, last = (datetime.fromtimestamp(times[k] or 0, UTC).date() for k in ("first", "last"))
+    return f"{first} to {last}" + (f", {times['untimed']:,} without" if times["untimed"] else "")
 
 
 def _print_survey(corpus: dict[str, Any]) -> None:

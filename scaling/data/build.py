@@ -34,6 +34,8 @@ class Built:
 
     steps: list[dict[str, Any]]
     """Counts of every step of cleaning."""
+    times: dict[str, dict[str, int | None]]
+    """First and last time of each service, and its logs without one."""
     splits: dict[str, int]
     """Users of pretraining, validation and pool."""
     vocab_size: int
@@ -85,7 +87,7 @@ def build(
         folder = staged / "tasks" / name
         write_task(clean, name, file, uids, keys, splits, folder)
     begin("digests")
-    return Built(clean.steps, {s: len(splits[s]) for s in SPLITS}, vocab_size)
+    return Built(clean.steps, clean.times, {s: len(splits[s]) for s in SPLITS}, vocab_size)
 
 
 def _hashes(texts: Any) -> NDArray[np.uint64]:

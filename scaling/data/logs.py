@@ -44,6 +44,8 @@ class CleanLogs:
     """uid int64, key string, draw string, n0 int64, n1, ...: users with logs; their hashes, in hex;
     logs in each service of pretraining. Users are numbered in the order of their keys."""
     steps: list[dict[str, Any]]
+    times: dict[str, dict[str, int | None]]
+    """Per service its first and last time [Unix s], null without any, and its logs without one."""
 
 
 def clean_logs(
@@ -110,7 +112,16 @@ def clean_logs(
     logs, items = _renumbered(engine, logs, items)
     counts = {f"n{i}": (logs.service == i).sum() for i in range(len(file.services))}
     users = logs.group_by("uid").aggregate(**counts).join(users.drop("user"), "uid")
-    return CleanLogs(engine, logs, items, engine.store("counted_users", users), steps.done)
+    users = engine.store("counted_users", users)
+    return CleanLogs(engine, logs, items, users, steps.done, _times(engine, logs, file))
+
+
+def _times(engine: Engine, logs: Any, file: CorpusFile) -> dict[str, dict[str, int | None]]:
+    found = logs.group_by("service").aggregate(
+        first=_.time.min(), last=_.time.max(), untimed=_.time.isnull().sum()
+    )
+    of = {row.pop("service"): row for row in engine.rows(found)}
+    return {name: of[index] for index, name in enumerate(file.all_services)}
 
 
 class _Steps:

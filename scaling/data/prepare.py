@@ -180,6 +180,7 @@ def _manifest(file: CorpusFile, staged: Path, built: Built) -> dict[str, Any]:
         "services": list(file.all_services),
         "splits": built.splits,
         "steps": built.steps,
+        "times": built.times,
         "files": {
             p.relative_to(staged).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)}
             for p in sorted(staged.rglob("*"))
@@ -226,9 +227,10 @@ def _publish(staged: Path, final: Path, manifest: dict[str, Any]) -> Path:
         if (final / "tasks" / task).exists():
             shutil.rmtree(final / "tasks" / task)
         publish(staged / "tasks" / task, final / "tasks" / task)
+    made = ("recipe", "corpus_file", "sources", "steps", "times", "software")
     merged = {
         **there,
-        **{k: manifest[k] for k in ("recipe", "corpus_file", "sources", "steps", "software")},
+        **{k: manifest[k] for k in made},
         **{k: {**there[k], **manifest[k]} for k in ("tasks", "task_recipes", "files")},
     }
     write_json(final / "manifest.json", merged)
