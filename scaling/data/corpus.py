@@ -183,8 +183,8 @@ class Corpus:
             pa.py_buffer(self.tokens),
         ]
         kind = pa.large_binary() if wide else pa.binary()
-        table = pa.Array.from_buffers(kind, self.n_items, buffers)
         try:
+            table = pa.Array.from_buffers(kind, self.n_items, buffers)
             table.validate(full=True)  # Arrow would read what lies outside
         except pa.ArrowInvalid as e:
             raise CorpusError(f"{self.path / 'items/offsets.npy'}: {e}") from None
