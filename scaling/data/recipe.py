@@ -110,6 +110,12 @@ class CorpusFile(Frozen):
         names = [*self.services, *self.downstream_services]
         if len(set(names)) < len(names):
             raise ValueError(f"a service is named twice: {', '.join(names)}")
+        least = 1 + len(names) + 256
+        if self.tokenizer.vocab_size < least:
+            raise ValueError(
+                f"tokenizer.vocab_size = {self.tokenizer.vocab_size} does not cover all texts: the "
+                f"pad token, {len(names)} service tokens and the 256 bytes are {least} entries"
+            )
         if (self.source is None) == (self.nominal is None):
             raise ValueError("a corpus has either a [source] or, for planning only, [nominal]")
         if self.users.held_out_from == "downstream" and not self.users.downstream:

@@ -208,6 +208,19 @@ def test_the_nominal_mean_is_that_of_the_counts():
             "'books' has a rating; it needs",
         ),
         ("size = 320", "size = 9999999999999", ConfigError, "less than or equal to 1048576"),
+        ("size = 320", "size = 259", ConfigError, "does not cover all texts: .* are 260 entries"),
+        (
+            "[users]",
+            "[logs]\nk_core = 99\n[users]",
+            CorpusError,
+            r"left \(logs.k_core = 99: \d+ -> 0",
+        ),
+        (
+            "[users]",
+            "[logs]\nmin_per_month = 9e9\n[users]",
+            CorpusError,
+            r"'books' has no logs left \(logs.min_per_month = 9000000000.0: [\d,]+ -> 0\)",
+        ),
         ("targets = 2", "targets = 200", CorpusError, "task 'books': no user has the 200 targets"),
     ],
 )
@@ -273,6 +286,61 @@ def test_ratings_that_leave_a_service_nothing(tiny_corpus):
     logs.write_text(rows + "u1,garden,a,1,\n")
     with pytest.raises(CorpusError, match="no log of service 'garden' has a rating"):
         prepare(path, root)
+
+
+def write_logs(root, rows):
+    (root / "logs.csv").write_text("\n".join(["who,where,what,when", *rows]) + "\n")
+
+
+def test_untitled_logs(tiny_corpus):
+    """Refused unless they shall be dropped; a log is of its item's text where it has none."""
+    root = tiny_corpus()
+    rows = (root / "logs.csv").read_text().splitlines()[1:]
+    write_logs(root, [*rows, "u1,books,,100", "u2,garden,  ,100"])
+    with pytest.raises(
+        CorpusError, match=rf"2 of {len(rows) + 2:,} logs have no text; logs.drop_un"
+    ):
+        prepare(root / "tiny.toml", root)
+    edited(root, "[users]", "[logs]\ndrop_untitled = true\n[users]")
+    steps = Corpus.open(prepare(root / "tiny.toml", root)).manifest["steps"]
+    assert [s["logs"] for s in steps] == [len(rows) + 2, len(rows) + 2, len(rows)]
+    edited(root, 'time = "when"', 'time = "when", item = "when"')
+    who, where, _, when = rows[0].split(",")
+    write_logs(root, [*rows, f"{who},{where},,{when}"])
+    steps = Corpus.open(prepare(root / "tiny.toml", root)).manifest["steps"]
+    assert [s["logs"] for s in steps] == [len(rows) + 1] * 3
+
+
+def test_one_text_on_most_items(tiny_corpus):
+    root = tiny_corpus()
+    edited(root, 'time = "when"', 'time = "when", item = "when"')
+    rows = [r.split(",") for r in (root / "logs.csv").read_text().splitlines()[1:]]
+    write_logs(root, [f"{u},{s},{'same' if s == 'books' else t},{w}" for u, s, t, w in rows])
+    n = len({w for u, s, t, w in rows if s == "books"})
+    message = rf"{n:,} of the {n:,} items of service 'books' have one and the same text"
+    with pytest.raises(CorpusError, match=message):
+        prepare(root / "tiny.toml", root)
+
+
+def test_a_rate_needs_times(tiny_corpus):
+    root = tiny_corpus()
+    edited(root, ', time = "when"', "")
+    edited(root, "[users]", "[logs]\nmin_per_month = 0.5\n[users]")
+    with pytest.raises(
+        CorpusError, match=r"logs.min_per_month = 0.5, but [\d,]+ logs have no time"
+    ):
+        prepare(root / "tiny.toml", root)
+
+
+def test_periods(tiny_corpus):
+    root = tiny_corpus()
+    times = {}
+    for row in (root / "logs.csv").read_text().splitlines()[1:]:
+        _, where, _, when = row.split(",")
+        times.setdefault(where, []).append(int(when))
+    assert find_prepared(root, root / "tiny.toml").manifest["times"] == {
+        s: {"first": min(t), "last": max(t), "untimed": 0} for s, t in times.items()
+    }
 
 
 @pytest.mark.slow
