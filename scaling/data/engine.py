@@ -7,10 +7,12 @@ relational leaves the engine as Parquet in a total order, and comes back as Parq
 
 import abc
 import contextlib
+import glob
+import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,8 @@ from scaling.data.corpus import CorpusError
 
 CHUNK = 1 << 20
 """Rows handed over at a time."""
+RESERVED = ("file_row_number",)
+"""Columns that DuckDB names itself."""
 EngineName = Literal["duckdb", "spark"]
 
 
@@ -47,11 +51,16 @@ class Engine(abc.ABC):
         """Remove what ``store`` or ``load`` keeps under a name."""
 
     @abc.abstractmethod
-    def read(self, path: Path, row: str | None = None) -> Any:
-        """The rows of a Parquet file, or of a folder of them.
+    def read(self, path: Path) -> Any:
+        """The rows of a Parquet file, or of a folder of them."""
+
+    @abc.abstractmethod
+    def read_files(self, paths: Sequence[Path], row: str, file: str) -> Any:
+        """The rows of Parquet files that have the same columns, none of a name in ``RESERVED``.
 
         Args:
             row: name of a further column: the number of the row in its file, from 0.
+            file: name of a further column: its file, as ``Path.resolve`` gives it.
         """
 
     @abc.abstractmethod
@@ -137,11 +146,19 @@ class DuckDB(Engine):
         else:
             self.con.raw_sql(f'DROP TABLE "{name}"')
 
-    def read(self, path: Path, row: str | None = None) -> Any:
+    def read(self, path: Path) -> Any:
         """As the base class says."""
-        if row is None:
-            return self.con.read_parquet(path)
-        return self.con.read_parquet(path, file_row_number=True).rename({row: "file_row_number"})
+        return self.con.read_parquet(path)
+
+    def read_files(self, paths: Sequence[Path], row: str, file: str) -> Any:
+        """As the base class says."""
+        rows = self.con.read_parquet(
+            [glob.escape(str(path.resolve())) for path in paths],
+            filename=file,
+            file_row_number=True,
+            hive_partitioning=False,
+        )
+        return rows.rename({row: "file_row_number"})
 
     def write(self, table: Any, path: Path) -> None:
         """As the base class says."""
@@ -163,6 +180,7 @@ class Spark(Engine):
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._views: list[str] = []
         try:
             from pyspark.sql import SparkSession
         except ImportError:
@@ -170,10 +188,12 @@ class Spark(Engine):
                 "engine spark: PySpark is not installed; run: pip install 'clue-scaling[spark]'"
             ) from None
         try:
-            with _quiet():
+            with _told():
                 self.session = (
                     SparkSession.builder.appName("clue-scaling prepare")
                     .config("spark.sql.session.timeZone", "UTC")
+                    # Times in nanoseconds, which Spark has no type for, else end the query.
+                    .config("spark.sql.legacy.parquet.nanosAsLong", True)
                     .getOrCreate()
                 )
                 self.con = ibis.pyspark.connect(self.session)
@@ -191,38 +211,79 @@ class Spark(Engine):
         path = self.folder / f"{name}.parquet"
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def read(self, path: Path, row: str | None = None) -> Any:
+    def read(self, path: Path) -> Any:
         """As the base class says."""
-        frame = self.session.read.parquet(path.absolute().as_uri())
-        if row is not None:
-            frame = frame.selectExpr("*", f"_metadata.row_index AS `{row}`")
+        with _told():
+            return self._table(self.session.read.parquet(_pattern(path)))
+
+    def read_files(self, paths: Sequence[Path], row: str, file: str) -> Any:
+        """As the base class says."""
+        from pyspark.sql import functions as f
+
+        with _told():
+            frame = self.session.read.parquet(*(_pattern(path.resolve()) for path in paths))
+        metadata = frame.metadataColumn("_metadata")
+        # A URI, in which "+" stands for itself: url_decode makes it a space.
+        uri = f.replace(metadata["file_path"], f.lit("+"), f.lit("%2B"))
+        uri = f.regexp_replace(uri, "^file:/*", "/")
+        row_index = metadata["row_index"].alias(row)
+        frame = frame.select("*", row_index, f.url_decode(uri).alias(file))
+        return self._table(frame)
+
+    def _table(self, frame: Any) -> Any:
         view = ibis.util.gen_name("parquet")
         frame.createOrReplaceTempView(view)
+        self._views.append(view)
         return self.con.table(view)
 
     def write(self, table: Any, path: Path) -> None:
         """As the base class says."""
-        with _quiet():
+        with _told():
             frame = self.session.sql(self.con.compile(table))
-            frame.write.parquet(path.absolute().as_uri(), mode="errorifexists")
+            frame.write.parquet(_uri(path), mode="errorifexists")
 
     def rows(self, table: Any) -> list[dict[str, Any]]:
         """As the base class says."""
-        with _quiet():
+        with _told():
             return super().rows(table)
 
     def value(self, expression: Any) -> Any:
         """As the base class says."""
-        with _quiet():
+        with _told():
             return super().value(expression)
 
     def close(self) -> None:
         """As the base class says: a session may have other users, so it goes on."""
+        for view in self._views:
+            self.session.catalog.dropTempView(view)
+
+
+def _uri(path: Path) -> str:
+    """A path as Hadoop reads it: it takes ``%20`` for three characters."""
+    return f"file://{path.absolute()}"
+
+
+def _pattern(path: Path) -> str:
+    """A path where Spark reads patterns: one that is itself alone."""
+    return re.sub(r"([\\*?\[\]{}])", r"\\\1", _uri(path))
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without PySpark's warning about releases of pandas, which is not used here."""
+def _told() -> Iterator[None]:
+    """Spark's errors in a line, and no warning about releases of pandas, which is not used here.
+
+    Raises:
+        CorpusError: Spark could not do what the block asks of it.
+    """
+    from py4j.protocol import Py4JError
+    from pyspark.errors import PySparkException
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas")
-        yield
+        try:
+            yield
+        except (Py4JError, PySparkException) as e:
+            lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+            causes = [line for line in lines if line.startswith("Caused by: ")]
+            reason = (causes or lines or [type(e).__name__])[-1 if causes else 0]
+            raise CorpusError(f"engine spark: {reason:.300}; nothing was published") from None

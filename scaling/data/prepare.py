@@ -8,6 +8,7 @@ import contextlib
 import os
 import shlex
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +149,13 @@ def read_card(corpus_file: Path, root: Path) -> CorpusCard:
 
 
 def _fingerprint(file: CorpusFile, corpus_file: Path) -> list[dict[str, Any]]:
-    """Name, size and time of change of every file of the source."""
+    """Name, size and time of change of every file of the source. Where files do not tell what it
+    reads, the time: it is never the same again."""
+    files = source_files(file.source, corpus_file.parent)
+    if files is None:
+        return [{"read_ns": time.time_ns()}]
     found = []
-    for path in source_files(file.source, corpus_file.parent):
+    for path in files:
         try:
             stat = path.stat()
         except OSError as e:

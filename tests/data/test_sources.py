@@ -2,8 +2,12 @@ import gzip
 import json
 import math
 import string
+import tempfile
+from contextlib import ExitStack, closing
+from operator import itemgetter
+from pathlib import Path
 
-import ibis
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,6 +16,7 @@ from hypothesis import strategies as st
 
 from scaling.config import ConfigError
 from scaling.data.corpus import CorpusError
+from scaling.data.engine import DuckDB, Spark
 from scaling.data.sources import LOG, read_logs, resolve, source_config, source_files
 
 COLUMNS = {"user": "u", "service": "s", "text": "t", "item": "i", "time": "w", "rating": "r"}
@@ -22,12 +27,25 @@ def table_source(*names, **keys):
     return source_config({"kind": "tables", "tables": tables}, "test")
 
 
-def read(config, base):
-    con = ibis.duckdb.connect()
-    frame = con.execute(read_logs(con, config, base)).sort_values("position", ignore_index=True)
-    con.disconnect()
-    assert list(frame.columns) == list(LOG)
-    return frame
+@pytest.fixture(params=["duckdb", pytest.param("spark", marks=pytest.mark.slow)])
+def engine(request, tmp_path_factory):
+    """Each engine in turn."""
+    if request.param == "spark":
+        request.getfixturevalue("spark")
+    kind = {"duckdb": DuckDB, "spark": Spark}[request.param]
+    with closing(kind(tmp_path_factory.mktemp("scratch"))) as opened:
+        yield opened
+
+
+def read(config, base, engine=None):
+    """Logs as a frame by position. Values are as the engine has them: missing is None."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        engine = engine or stack.enter_context(closing(DuckDB(Path(folder))))
+        logs = read_logs(engine, config, base)
+        rows = engine.rows(logs)
+    assert list(logs.columns) == list(LOG)
+    frame = pd.DataFrame(rows, columns=list(LOG), dtype=object)
+    return frame.sort_values(["position", "problem"], ignore_index=True)
 
 
 ROWS = [
@@ -77,10 +95,7 @@ def test_a_rating_that_is_no_finite_number_is_missing(tmp_path, name):
     frame = read(table_source(name), tmp_path)
     assert frame.problem.isnull().all()
     assert frame.rating.isnull().tolist() == [True, True, True, True, False]
-    con = ibis.duckdb.connect()
-    logs = read_logs(con, table_source(name), tmp_path)
-    assert con.execute(logs.filter(logs.rating >= 4.0).count()) == 1  # as min_rating asks
-    con.disconnect()
+    assert (frame.rating >= 4.0).sum() == 1  # as min_rating asks
 
 
 def test_globs_several_files_and_a_fixed_service(tmp_path):
@@ -123,21 +138,22 @@ def test_times(tmp_path, name, time, unit, seconds):
 @pytest.mark.parametrize("name", ["l.csv", "l.jsonl", "l.parquet"])
 def test_times_outside_1970_to_2099_are_malformed(tmp_path, name, time):
     write(tmp_path / name, [{**ROWS[0], "w": time}])
-    frame = read(table_source(name), tmp_path)
-    assert frame.problem[0].startswith(f"{tmp_path / name}:")
-    reason = f"not a time from 1970 to 2099 (time_unit = 's'): {time!r:.60}"
-    assert frame.problem[0].replace("'", "").endswith(reason.replace("'", ""))
+    problem = read(table_source(name), tmp_path).problem[0]
+    line = 2 if name == "l.csv" else 1
+    wrong = f"{tmp_path / name}:{line}: not a time from 1970 to 2099 (time_unit = 's')"
+    no_value = name == "l.parquet" and isinstance(time, float)  # engines write floats in their ways
+    assert problem == (wrong if no_value else f"{wrong}: {str(time)!r}")
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"7,a,tea,x,noon,5", "not a time: 'noon'"),
+        (b"7,a,tea,x,noon,5", "not a time: text of 4 characters"),
         (b",a,tea,x,1,5", "no user ('u' is empty)"),
         (b"7,,tea,x,1,5", "no service"),
         (b"7,a,tea,,1,5", "no item"),
-        (b"7,a,tea,x,,5", "not a time: ''"),
-        (b"7,a,tea,x,1,good", "not a rating: 'good'"),
+        (b"7,a,tea,x,,5", "no time ('w' is empty)"),
+        (b"7,a,tea,x,1,good", "not a rating: text of 4 characters"),
         (b"7,a,tea,x,1", "5 fields, the header has 6"),
         (b"7,a,t\xff\xfe,x,1,5", "'t' is not valid text"),
         (b"7,a,tea,x,99999999999999999999,5", "not a time"),
@@ -216,7 +232,11 @@ def test_parquet_with_types_and_missing_values(tmp_path):
     assert frame.time[0] == 1_500_000_000
     problems = [None if p != p or p is None else p for p in frame.problem]
     path = tmp_path / "l.parquet"
-    assert problems == [None, f"{path}:2: no user", f"{path}:3: no service"]
+    assert problems == [
+        None,
+        f"{path}:2: no user ('u' is empty)",
+        f"{path}:3: no service ('s' is empty)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -240,16 +260,16 @@ def test_parquet_columns_of_other_types_are_refused(tmp_path, column, values, me
 @pytest.mark.parametrize(
     ("column", "values", "reason"),
     [
-        ("w", [1.0, math.nan], "not a time from 1970 to 2099 (time_unit = 's'): nan"),
-        ("w", [1.0, math.inf], "not a time from 1970 to 2099 (time_unit = 's'): inf"),
+        ("w", [1.0, math.nan], "not a time from 1970 to 2099 (time_unit = 's')"),
+        ("w", [1.0, math.inf], "not a time from 1970 to 2099 (time_unit = 's')"),
         (
             "w",
             [1, 2**64 - 1],
-            "not a time from 1970 to 2099 (time_unit = 's'): 18446744073709551615",
+            "not a time from 1970 to 2099 (time_unit = 's'): '18446744073709551615'",
         ),
-        ("w", ["1", "soon"], "not a time from 1970 to 2099 (time_unit = 's'): soon"),
-        ("w", ["1", None], "no time"),
-        ("r", ["5", "good"], "not a rating: good"),
+        ("w", ["1", "soon"], "not a time: text of 4 characters"),
+        ("w", ["1", None], "no time ('w' is empty)"),
+        ("r", ["5", "good"], "not a rating: text of 4 characters"),
     ],
 )
 def test_values_of_parquet_that_are_none_are_malformed_rows(tmp_path, column, values, reason):
@@ -262,14 +282,21 @@ def test_values_of_parquet_that_are_none_are_malformed_rows(tmp_path, column, va
     assert frame.problem[1] == f"{tmp_path / 'l.parquet'}:2: {reason}"
 
 
-def test_a_parquet_column_may_have_any_name(tmp_path):
-    rows = [{**r, "file_row_number": "same"} for r in ROWS]
-    write(tmp_path / "l.parquet", rows)
-    frame = read(table_source("l.parquet"), tmp_path)
-    assert frame["item"].tolist() == ["x1", "x2", "x3"]
-    assert frame.position.tolist() == [0, 1, 2]
-    source = table_source("l.parquet", columns={**COLUMNS, "item": "file_row_number"})
-    assert read(source, tmp_path)["item"].tolist() == ["same"] * 3
+def test_names_of_parquet_that_an_engine_cannot_tell_apart_are_refused(tmp_path):
+    for name in ("file_row_number", "FILE_row_number", "T", "#path"):
+        write(tmp_path / "l.parquet", [{**r, name: "same"} for r in ROWS])
+        with pytest.raises(CorpusError, match=f"l.parquet: rename the columns .*{name!r}"):
+            read(table_source("l.parquet"), tmp_path)
+
+
+def test_parquet_columns_may_have_the_names_that_engines_use(tmp_path, engine):
+    names = ("filename", "_metadata", "file_path", "file_index", "rowid", "a.b", "sel ect`")
+    write(tmp_path / "l.parquet", [{**r, **dict.fromkeys(names, "same")} for r in ROWS])
+    for name in names:
+        source = table_source("l.parquet", columns={**COLUMNS, "item": name})
+        frame = read(source, tmp_path, engine)
+        assert frame["item"].tolist() == ["same"] * 3
+        assert frame.position.tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -332,19 +359,19 @@ def test_timestamps_of_parquet(tmp_path, kind):
     assert frame.time[:3].tolist() == [1_500_000_000, 0, 4_102_444_799]
 
 
-def test_nan_that_the_statistics_of_parquet_leave_out(tmp_path):
+def test_nan_that_the_statistics_of_parquet_leave_out(tmp_path, engine):
     values = pa.array([1.0, math.nan, 2.0, 1e300])
     columns = {k: [v] * 4 for k, v in ROWS[0].items()} | {"w": values, "r": values}
     pq.write_table(pa.table(columns), tmp_path / "l.parquet")
-    con = ibis.duckdb.connect(tmp_path / "db")
-    logs = con.create_table("logs", read_logs(con, table_source("l.parquet"), tmp_path))
-    assert con.execute(logs.problem.isnull()).tolist() == [True, False, True, False]
-    assert con.execute(logs.filter(logs.rating > 1.5).count()) == 2
-    con.disconnect()
+    logs = read_logs(engine, table_source("l.parquet"), tmp_path)
+    logs = engine.store("logs", logs)
+    by_position = sorted(engine.rows(logs), key=itemgetter("position"))
+    assert [row["problem"] is None for row in by_position] == [True, False, True, False]
+    assert engine.value(logs.filter(logs.rating > 1.5).count()) == 2
 
 
 def test_wrong_sources_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="valid kinds: amazon_sequences, synthetic, tables"):
+    with pytest.raises(ConfigError, match="valid kinds: amazon_reviews, .*, synthetic, tables"):
         source_config({"kind": "tabels"}, "test")
     with pytest.raises(ConfigError, match=r"unknown key 'tables.0.file'; valid keys"):
         source_config({"kind": "tables", "tables": [{"file": "x"}]}, "test")
@@ -392,11 +419,11 @@ def test_amazon_sequences(tmp_path):
     assert sound.time.tolist() == [100, 200]
     where = tmp_path / "s.txt"
     assert sorted(frame.problem.dropna()) == [
-        f"{tmp_path / 'a.tsv'}:2: not 'asin<TAB>title': 'broken'",
+        f"{tmp_path / 'a.tsv'}:2: not 'asin<TAB>title'",
         f"{where}:2: not 'item|unixtime': '2'",
-        f"{where}:2: not 'item|unixtime': '2|x'",
-        f"{where}:2: unknown item 3: '3|5'",
-        f"{where}:3: not 'item|unixtime': '1|7'",
+        f"{where}:2: not 'item|unixtime': text of 3 characters",
+        f"{where}:2: unknown item 3",
+        f"{where}:3: no user",
     ]
 
 

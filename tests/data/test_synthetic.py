@@ -2,15 +2,17 @@
 
 import itertools
 import math
+from contextlib import closing
 from pathlib import Path
 
-import ibis
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaling.config import ConfigError
+from scaling.data.engine import DuckDB
 from scaling.data.sources import LOG, read_logs, synthetic
 from scaling.data.sources.synthetic import (
     Config,
@@ -285,13 +287,16 @@ def test_large_worlds_have_enough_words() -> None:
 
 
 def test_logs_have_the_schema_and_are_those_of_a_larger_world(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    small = read_logs(ibis.duckdb.connect(), SMALL, Path()).execute()
+    def logs(name: str, config: Config) -> pd.DataFrame:
+        (tmp_path / name).mkdir()
+        with closing(DuckDB(tmp_path / name)) as engine:
+            return read_logs(engine, config, Path()).execute()
+
+    small = logs("small", SMALL)
     monkeypatch.setattr(synthetic, "BLOCK", 32)
-    large = read_logs(
-        ibis.duckdb.connect(), SMALL.model_copy(update={"users": 80}), Path()
-    ).execute()
+    large = logs("large", SMALL.model_copy(update={"users": 80}))
     assert list(small.columns) == list(LOG)
     order = ["user", "service", "position"]
     small = small.sort_values(order, ignore_index=True)

@@ -3,9 +3,9 @@
 A source is a module with
 
 - ``Config(Frozen)``: the ``[source]`` table of a corpus file, with ``kind: Literal["its name"]``;
-- ``files(config, base) -> list[Path]``: what it reads, for the fingerprint of the source; relative
-  paths of ``config`` start at ``base``, the folder of the corpus file. A source that computes its
-  logs has none;
+- ``files(config, base) -> list[Path] | None``: what it reads, for the fingerprint of the source;
+  relative paths of ``config`` start at ``base``, the folder of the corpus file. A source that
+  computes its logs has none; None: it reads what no file tells the state of, such as a server;
 - one of ``rows(config, base) -> Iterator[Log]``, parsed line by line in Python, or
   ``logs(engine, config, base) -> ibis.Table``, an expression in the engine's database in the schema
   ``LOG``, of which nullable columns may be left out. It is read more than once.
@@ -103,10 +103,12 @@ def source_config(data: Any, where: str) -> Frozen:
     return config
 
 
-def source_files(config: Any, base: Path) -> list[Path]:
-    """What a source reads, sorted; empty for one that computes its logs."""
+def source_files(config: Any, base: Path) -> list[Path] | None:
+    """What a source reads, sorted; empty for one that computes its logs. None: files do not tell
+    what it reads."""
     module = source_module(config.kind, "source")
-    return sorted(module.files(config, base)) if hasattr(module, "files") else []
+    files = module.files(config, base) if hasattr(module, "files") else []
+    return None if files is None else sorted(files)
 
 
 def read_logs(engine: Engine, config: Any, base: Path) -> ibis.Table:
