@@ -212,8 +212,8 @@ def _behaviours(
     times = clean.logs.join(clean.engine.load(f"bounds_{name}", [batch], batch.schema), "uid")
     earlier = times.time < times.bound
     found = times.group_by("uid").aggregate(
-        before=earlier.sum(),
-        recent=(earlier & (times.time >= times.bound - int(MONTH))).sum(),
+        before=earlier.sum().fill_null(0),
+        recent=(earlier & (times.time >= times.bound - int(MONTH))).sum().fill_null(0),
         untimed=times.time.isnull().sum(),
     )
     columns = dict.fromkeys(("before", "recent", "untimed"), np.int64)

@@ -87,6 +87,11 @@ class TaskConfig(Frozen):
             raise ValueError("encoders = 'foreign' allows users = 'all'; it means nothing without")
         if not self.negatives and self.negatives_from != "uniform":
             raise ValueError(f"negatives_from = {self.negatives_from!r}, but negatives = 0")
+        if (form, self.users, self.negatives_from) == ("first", "all", "popularity"):
+            raise ValueError(
+                "negatives_from = 'popularity' counts histories where users = 'all', and form = "
+                f"'first' has no history of {self.service!r}"
+            )
         return self
 
     @property

@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling.data.corpus import Corpus, CorpusError
+from scaling.data.negatives import draw_negatives
 from scaling.data.prepare import find_prepared, prepare
-from scaling.data.recipe import TaskConfig
-from scaling.data.tasks import DAY, Task, TaskLogs, build_task, draw_negatives, make_history_batch
+from scaling.data.task_config import TaskConfig
+from scaling.data.task_forms import DAY, TaskLogs, choose
+from scaling.data.tasks import Task, make_history_batch
 
 
 @pytest.fixture
@@ -71,40 +73,26 @@ def test_too_few_items_for_the_negatives():
         )
 
 
-def built(times, timed=True, services=None, **keys):
-    n = len(times)
-    logs = TaskLogs(
-        np.zeros(n, np.int64),
-        np.array(services or [0] * n),
-        np.arange(n),
-        np.array(times),
-        np.arange(n),
-        timed,
-    )
-    return build_task(
-        "t", task_config(targets=2, negatives=1, **keys), logs, np.ones(1, np.uint64), 0, [0, 1],
-        np.arange(50), 64,
-    )  # fmt: skip
-
-
 def test_history_ends_before_the_first_target():
+    def histories(times, timed=True, services=None, **keys):
+        n, zeros = len(times), np.zeros(len(times), np.int64)
+        services = np.array(services) if services else zeros
+        logs = TaskLogs(zeros, services, np.arange(n), np.array(times), np.arange(n), timed)
+        chosen = choose(
+            "t", task_config(targets=2, **keys), logs, np.ones(1, np.uint64), 0, [0, 1], 64
+        )
+        assert chosen.targets.tolist() == [[n - 2, n - 1]]
+        return chosen.cut, {s: rows.tolist() for s, (_, rows) in chosen.history.items()}
+
+    # The basket of the target's day is left out.
     whole_days = [0, DAY, 2 * DAY, 2 * DAY, 2 * DAY]
-    by_day = built(whole_days, services=[0, 1, 1, 0, 0])
-    assert by_day.cut == "day"
-    assert by_day.targets.tolist() == [[3, 4]]
-    assert by_day.history[0][1].tolist() == [0]
-    assert by_day.history[1][1].tolist() == [1]  # the basket of the target's day is left out
-    clock = built([0, 5, 9, 9, 10])
-    assert clock.cut == "time"
-    assert clock.history[0][1].tolist() == [0, 1, 2][:2]  # 9 is not before 9
-    same_day = built([0, 5, 9, 9, 10], cut="day")
-    assert same_day.history[0][1].tolist() == []
-    order = built([0] * 5, timed=False, services=[0, 0, 1, 0, 0])
-    assert order.cut == "order"
+    assert histories(whole_days, services=[0, 1, 1, 0, 0]) == ("day", {0: [0], 1: [1]})
+    assert histories([0, 5, 9, 9, 10]) == ("time", {0: [0, 1], 1: []})  # 9 is not before 9
+    assert histories([0, 5, 9, 9, 10], cut="day") == ("day", {0: [], 1: []})
     # Positions of another service may lie before those of this one, whatever came first.
-    assert {s: items.tolist() for s, (_, items) in order.history.items()} == {0: [0, 1]}
+    assert histories([0] * 5, timed=False, services=[0, 0, 1, 0, 0]) == ("order", {0: [0, 1]})
     with pytest.raises(CorpusError, match="the logs have no times"):
-        built([0] * 5, timed=False, cut="time")
+        histories([0] * 5, timed=False, cut="time")
 
 
 def services_in_files(folder, *timed):
@@ -151,8 +139,8 @@ negatives = 1
     return toml
 
 
-def stored_history(corpus, task, service):
-    offsets, items = task.history(service)
+def stored_history(corpus, task, service, target=0):
+    offsets, items = task.history(service, target)
     return [
         (items[a:b] - corpus.service_items(service)[0]).tolist()
         for a, b in itertools.pairwise(offsets.astype(int))
@@ -199,8 +187,10 @@ def test_stored_order_against_times(tiny_corpus):
     root = tiny_corpus()
     path = root / "tiny.toml"
     path.write_text(
-        path.read_text().replace("[tasks.beauty]", '[tasks.order]\nservice = "books"\n'
-                                 'targets = 2\nnegatives = 5\ncut = "order"\n[tasks.beauty]')
+        path.read_text()
+        .replace("[users]", '[logs]\ndeduplicate = "latest"\n[users]')
+        .replace("[tasks.beauty]", '[tasks.order]\nservice = "books"\n'
+                 'targets = 2\nnegatives = 5\ncut = "order"\n[tasks.beauty]')
     )  # fmt: skip
     corpus = Corpus.open(prepare(path, root))
     by_order, by_time = Task.open(corpus, "order"), Task.open(corpus, "books")
@@ -249,31 +239,164 @@ def test_a_service_that_only_tasks_have(corpus):
     assert set(corpus.tokens[corpus.token_offsets[task.candidates]].tolist()) == {3}
 
 
-@pytest.mark.parametrize(
-    ("leak", "message"),
-    [
-        ("user", "1 of its users are users of pretraining"),
-        ("target", "a negative is an item the user touched"),
-        ("twice", "a negative is drawn twice"),
-        ("service", "a target is no item of 'books'"),
-    ],
-)
-def test_leaks_fail_loudly(corpus, leak, message):
-    task = Task.open(corpus, "books")
-    for name in ("keys", "targets", "negatives"):
-        setattr(task, name, np.array(getattr(task, name)))
-    if leak == "user":
-        task.keys[0] = corpus.keys[0]
-    elif leak == "target":
-        task.negatives[0, 0, 0] = next(
-            t for t in task.targets[0] if t not in task.negatives[0, 0].tolist()
-        )
-    elif leak == "twice":
-        task.negatives[0, 0, 0] = task.negatives[0, 0, 1]
-    else:
-        task.targets[0, 0] = corpus.service_items("garden")[0]
-    with pytest.raises(CorpusError, match=message):
-        task.check(corpus)
+FORMS = """
+[tasks.every]
+service = "books"
+targets = 2
+negatives = 5
+segments = true
+[tasks.loo]
+form = "leave_one_out"
+service = "beauty"
+negatives = 5
+[tasks.foreign]
+service = "books"
+users = "all"
+encoders = "foreign"
+negatives = 0
+[tasks.first]
+form = "first"
+service = "beauty"
+negatives = 5
+"""
+
+
+@pytest.fixture
+def many(tiny_corpus):
+    """The tiny corpus with tasks of more forms, in which no user has an item twice."""
+    root = tiny_corpus()
+    path = root / "tiny.toml"
+    text = path.read_text().replace("[tasks.books]", FORMS + "[tasks.books]")
+    path.write_text(text.replace("[users]", '[logs]\ndeduplicate = "latest"\n[users]'))
+    return Corpus.open(prepare(path, root))
+
+
+def test_what_a_task_of_each_form_stores(many):
+    many.verify()
+    every = Task.open(many, "every")
+    assert np.bincount(every.segment, minlength=4).sum() == every.n_users
+    loo = Task.open(many, "loo")
+    assert (loo.form, loo.targets.shape[1], loo.services) == ("leave_one_out", 2, ("beauty",))
+    before, after = (stored_history(many, loo, "beauty", t) for t in (0, 1))
+    for one, other in zip(before, after, strict=True):
+        assert one == other[: len(one)]
+    # Times are in seconds and no two alike, so the test's history ends with what validates.
+    first = many.service_items("beauty")[0]
+    assert [h[-1] for h in after] == (loo.targets[:, 0] - first).tolist()
+    assert sum(map(len, after)) == sum(map(len, before)) + loo.n_users
+    foreign = Task.open(many, "foreign")
+    assert foreign.foreign
+    assert np.isin(foreign.keys, many.keys[many.split("pretraining")]).any()
+    assert foreign.negatives.shape == (foreign.n_users, 3, 0)
+    assert not (foreign.path / "negatives.npy").exists()
+    booking = Task.open(many, "first")
+    assert booking.services == ("beauty", "books", "garden")
+    assert not len(booking.history("beauty")[1])
+    assert all(map(len, stored_history(many, booking, "books"))) or len(
+        booking.history("garden")[1]
+    )
+
+
+def of_user(task, service, user):
+    offsets, items = task.history(service)
+    return items[int(offsets[user]) : int(offsets[user + 1])]
+
+
+def swap(array, i=0, j=1):
+    array[[i, j]] = array[[j, i]]
+
+
+def set_at(array, place, value):
+    array[place] = value
+
+
+def put(task, service, user, item):
+    """Let the history of a user, in one service, begin with an item."""
+    offsets, items = (np.array(a, np.int64) for a in task._history[service])
+    items[int(offsets[user])] = item
+    task._history[service] = offsets, items
+
+
+LEAKS = [
+    ("every", "1 of its users are users of pretraining",
+     lambda t, c: set_at(t.keys, 0, c.keys[0]) or set_at(t.group, 0, c.keys[0] % 10)),
+    ("every", "a negative is an item the user touched",
+     lambda t, c: set_at(t.negatives, (0, 0, 0), next(
+         i for i in t.targets[0] if i not in t.negatives[0, 0]))),
+    ("every", "a negative is an item the user touched",
+     lambda t, c: set_at(t.negatives, (1, 1, 4), of_user(t, "books", 1)[0])),
+    ("every", "a negative is drawn twice", lambda t, c: set_at(
+        t.negatives, (0, 0, 0), t.negatives[0, 0, 1])),
+    ("every", "a target is no item of 'books'",
+     lambda t, c: set_at(t.targets, (0, 0), c.service_items("garden")[0])),
+    ("every", "a negative is no item of 'books'",
+     lambda t, c: set_at(t.negatives, (0, 0, 0), c.service_items("garden")[0])),
+    ("every", "its candidates are not the items of 'books'",
+     lambda t, c: setattr(t, "candidates", t.candidates[1:])),
+    ("every", "do not lie in the order of their keys", lambda t, c: swap(t.keys) or swap(t.group)),
+    ("every", "a user is in another group", lambda t, c: set_at(
+        t.group, 3, (t.group[3] + 1) % 10)),
+    ("every", "negatives has the shape", lambda t, c: setattr(t, "negatives", t.negatives[1:])),
+    ("every", "segment has the shape", lambda t, c: setattr(t, "segment", t.segment[1:])),
+    ("every", "its segments have", lambda t, c: set_at(t.segment, slice(None), 1)),
+    ("every", "its segments have", lambda t, c: set_at(t.segment, 0, 9)),
+    ("every", "an item is twice among a user's targets",
+     lambda t, c: set_at(t.targets, (0, 1), t.targets[0, 0])),
+    ("every", r"a history before target 1 has the item of a target after it",
+     lambda t, c: put(t, "books", 0, t.targets[0, 1])),
+    ("every", "a history of 'garden' has an item of another service",
+     lambda t, c: put(t, "garden", 0, t.targets[0, 1])),
+    ("every", "a history of 'garden' has an item that the corpus lacks",
+     lambda t, c: put(t, "garden", 0, c.n_items)),
+    ("every", "the offsets of its histories of 'books' are not those of",
+     lambda t, c: t._history.update(books=(t._history["books"][0], t._history["books"][1][1:]))),
+    ("every", "a history of 'books' has a negative length",
+     lambda t, c: t._history.update(
+         books=(set_and(t._history["books"][0], 1, 10**4), t._history["books"][1]))),
+    ("loo", "a history before target 1 has the item of a target after it",
+     lambda t, c: t._ends.update(beauty=t._ends["beauty"] + np.array([1, 0], np.uint8))),
+    ("loo", "a history before target 2 has the item of a target after it",
+     lambda t, c: put(t, "beauty", 0, t.targets[0, 1])),
+    ("loo", "do not end at one target after the other",
+     lambda t, c: t._ends.update(beauty=t._ends["beauty"][:, ::-1])),
+    ("loo", "beauty: ends has the shape",
+     lambda t, c: t._ends.update(beauty=t._ends["beauty"][1:])),
+    ("foreign", "of its users have their logs of 'books' in pretraining",
+     lambda t, c: setattr(t, "foreign", False)),
+    ("first", "1 of its users are users of pretraining",
+     lambda t, c: set_at(t.keys, 0, c.keys[0]) or set_at(t.group, 0, c.keys[0] % 10)),
+]  # fmt: skip
+
+
+def set_and(array, place, value):
+    changed = array.astype(np.int64)
+    changed[place] = value
+    return changed
+
+
+@pytest.mark.parametrize(("name", "message", "spoil"), LEAKS)
+def test_leaks_fail_loudly(many, name, message, spoil):
+    task = Task.open(many, name)
+    for array in ("keys", "group", "targets", "negatives", "segment"):
+        if getattr(task, array) is not None:
+            dtype = np.uint64 if array == "keys" else np.int64  # any value can be put there
+            setattr(task, array, np.array(getattr(task, array), dtype))
+    task.check(many)
+    spoil(task, many)
+    with pytest.raises(CorpusError, match=f"{task.path}: .*{message}"):
+        task.check(many)
+
+
+def test_a_leak_on_disk_is_found_when_opened_and_when_verified(many):
+    path = many.path / "tasks/loo/history/beauty/items.npy"
+    task = Task.open(many, "loo")
+    wrong = np.array(task.history("beauty", 1)[1])
+    wrong[0] = task.targets[0, 1]
+    np.save(path, wrong)
+    with pytest.raises(CorpusError, match="a history before target 2 has the item of a target"):
+        Task.open(many, "loo")
+    with pytest.raises(CorpusError, match="tasks/loo"):
+        many.verify()
 
 
 def test_another_version_is_refused(corpus):
