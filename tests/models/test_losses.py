@@ -46,7 +46,7 @@ def test_loss_is_equation_4(services, chunks, negatives, log_tau, seed):
     ours = contrastive_loss(torch.from_numpy(projected), torch.tensor([log_tau]), negatives)
     tau = math.exp(log_tau)
     expected = loop_loss(projected.tolist(), tau, negatives)
-    # The logit scale is of single precision, and a loss near nothing is a difference of large logits.
+    # The logit scale is of single precision; a loss near nothing is a difference of large logits.
     assert float(ours) == pytest.approx(expected, rel=2e-5, abs=2e-6)
 
 

@@ -273,9 +273,10 @@ def test_bf16_follows_fp32_and_resumes_bit_for_bit(corpus, tmp_path):
     assert train(resumed, corpus, settings, should_stop=lambda: next(polls) >= 7) is None
     train(resumed, corpus, settings)
     assert curve(resumed) == curve(whole)
-    assert [r["loss"] for r in curve(whole)] == pytest.approx(
-        [r["loss"] for r in curve(exact)], rel=0.1
-    )
+    losses, expected = (np.array([r["loss"] for r in curve(run)]) for run in (whole, exact))
+    apart = np.abs(losses / expected - 1)
+    assert apart.mean() < 0.05
+    assert apart.max() < 0.25  # a batch of four users has steps of its own
     taus = [r["logit_scale"] for r in curve(whole)]
     assert len(set(taus)) == len(taus)  # in bf16 itself, 14.2 is followed by 14.4
     with pytest.raises(ConfigError, match="zero_stage 1 or 2"):
