@@ -371,7 +371,7 @@ def test_nan_that_the_statistics_of_parquet_leave_out(tmp_path, engine):
 
 
 def test_wrong_sources_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="valid kinds: amazon_reviews, .*, synthetic, tables"):
+    with pytest.raises(ConfigError, match=r"valid kinds: amazon_reviews, .*, synthetic, tables"):
         source_config({"kind": "tabels"}, "test")
     with pytest.raises(ConfigError, match=r"unknown key 'tables.0.file'; valid keys"):
         source_config({"kind": "tables", "tables": [{"file": "x"}]}, "test")

@@ -1,8 +1,8 @@
-"""Values of text files become those of a log, one by one."""
+"""Values of text files become those of a log."""
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -14,20 +14,55 @@ LARGE = 1 << 63
 """Whole numbers that a column holds are below."""
 
 
-def parsers(table: LogTable) -> dict[str, Callable[[Any], Any]]:
+def parsers(table: LogTable) -> dict[str, Callable[[Sequence[Any]], list[Any]]]:
     """What reads the values of each role. A ``ValueError`` tells what is wrong with one."""
-    c = table.columns
-    readers: dict[str, Callable[[Any], Any]] = {
-        "user": partial(_text, c.user, "user"),
-        "service": partial(_text, c.service, "service"),
-        "item": partial(_text, c.item, "item"),
-        "text": partial(_text, c.text, ""),
-        "time": partial(_time, c.time, table.time_unit),
-        "rating": _rating,
-        "position": _position,
-        "category": partial(_text, c.category, ""),
+    c, unit = table.columns, table.time_unit
+    texts = {"user": c.user, "service": c.service, "item": c.item, "text": c.text}
+    readers = {
+        role: partial(_column, _plain_texts, partial(_text, column, role if role != "text" else ""))
+        for role, column in texts.items()
     }
+    readers["time"] = partial(
+        _column, partial(_plain_times, UNITS[unit]), partial(_time, c.time, unit)
+    )
+    readers["rating"] = partial(_column, _plain_ratings, _rating)
+    readers["position"] = partial(_column, lambda values, joined: None, _position)
+    readers["category"] = partial(_column, _plain_texts, partial(_text, c.category, ""))
     return {role: reader for role, reader in readers.items() if getattr(c, role)}
+
+
+def _column(
+    plain: Callable[[Sequence[str], str], list[Any] | None],
+    one: Callable[[Any], Any],
+    values: Sequence[Any],
+) -> list[Any]:
+    """Read values: all at once, where they are texts and there is nothing to look at in any."""
+    try:
+        found = plain(values, "".join(values)) if "" not in values else None
+    except (TypeError, ValueError):  # not all are texts, or one is wrong
+        found = None
+    return list(map(one, values)) if found is None else found
+
+
+def _plain_texts(values: Sequence[str], joined: str) -> list[Any] | None:
+    joined.encode()
+    return list(values)
+
+
+def _plain_times(unit: int, values: Sequence[str], joined: str) -> list[Any] | None:
+    if not (joined.isascii() and joined.isdigit()):
+        return None
+    numbers = list(map(int, values))
+    if max(numbers) >= TIMES.stop * unit:
+        return None
+    return numbers if unit == 1 else [number // unit for number in numbers]
+
+
+def _plain_ratings(values: Sequence[str], joined: str) -> list[Any] | None:
+    if not joined.isascii() or "_" in joined:
+        return None
+    numbers = list(map(float, values))
+    return numbers if all(map(math.isfinite, numbers)) else None
 
 
 def _text(column: str | None, required: str, value: Any) -> str | None:
