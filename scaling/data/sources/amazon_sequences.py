@@ -10,6 +10,7 @@ Every file may be gzipped. Users keep the number they have in the file: raw ids 
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +19,8 @@ from pydantic import Field
 
 from scaling.config import Frozen, Name
 from scaling.data.corpus import CorpusError
-from scaling.data.sources import TIMES, UNREADABLE, Log, open_text, resolve, shown
+from scaling.data.sources import TIMES, Log, resolve, shown
+from scaling.data.sources.lines import read_lines, whole
 
 
 class Config(Frozen):
@@ -47,55 +49,47 @@ def rows(config: Config, base: Path) -> Iterator[Log]:
     titles: dict[str, str] = {}
     for name in config.titles.values():
         path = resolve(base, name)
-        for number, line in _lines(path):
-            asin, tab, title = line.partition("\t")
-            if not (tab and asin):
-                yield Log(problem=f"{path}:{number}: not 'asin<TAB>title'")
-            elif not _sound(line):
-                yield Log(problem=f"{path}:{number}: not UTF-8")
+        for number, line in read_lines(path):
+            try:
+                asin, tab, title = whole(line, "the line").partition("\t")
+                if not (tab and asin):
+                    raise ValueError("not 'asin<TAB>title'")
+            except ValueError as e:
+                yield Log(problem=f"{path}:{number}: {e}")
             else:
                 titles.setdefault(asin, title)
     items = _item_map(resolve(base, config.item_map), services)
     path = resolve(base, config.sequences)
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         user, *entries = line.split(" ")
         for position, entry in enumerate(entries):
             try:
-                item, time = (int(x) for x in entry.split("|"))
-                asin, service = items[item]
-            except KeyError as e:
-                yield Log(problem=f"{path}:{number}: unknown item {e}")
-            except ValueError:
-                yield Log(problem=f"{path}:{number}: not 'item|unixtime': {shown(entry)}")
+                item, time = _entry(entry)
+                if item not in items:
+                    raise ValueError(f"unknown item {item}")
+                if not whole(user, "the user"):
+                    raise ValueError("no user")
+            except ValueError as e:
+                yield Log(problem=f"{path}:{number}: {e}")
             else:
-                if time not in TIMES:
-                    yield Log(problem=f"{path}:{number}: not a time from 1970 to 2099: {time}")
-                elif not user or not _sound(user):
-                    yield Log(problem=f"{path}:{number}: no user")
-                else:
-                    yield Log(user, service, asin, titles.get(asin), time, position)
+                asin, service = items[item]
+                yield Log(user, service, asin, titles.get(asin), time, position)
 
 
-def _sound(text: str) -> bool:
-    """Whether no byte of a text was out of its encoding."""
-    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not empty, with their numbers from 1."""
-    try:
-        with open_text(path) as f:
-            for number, line in enumerate(f, 1):
-                if line := line.rstrip("\r\n"):
-                    yield number, line
-    except UNREADABLE as e:
-        raise CorpusError(f"{path}: cannot be read: {e}") from None
+def _entry(entry: str) -> tuple[int, int]:
+    """Item and time."""
+    if not re.fullmatch(r"[0-9]{1,18}\|-?[0-9]{1,18}", entry):
+        raise ValueError(f"not 'item|unixtime': {shown(entry)}")
+    item, time = map(int, entry.split("|"))
+    if time not in TIMES:
+        raise ValueError(f"not a time from 1970 to 2099: {time}")
+    return item, time
 
 
 def _item_map(path: Path, services: tuple[str, ...]) -> dict[int, tuple[str, str]]:
     """Item number to (asin, service)."""
     try:
-        raw = json.loads("\n".join(line for _, line in _lines(path)))
+        raw = json.loads("\n".join(line for _, line in read_lines(path)))
         found = {}
         for asin, (item, service) in raw.items():
             if not (isinstance(item, int) and isinstance(service, int) and service >= 0):
