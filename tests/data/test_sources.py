@@ -1,12 +1,18 @@
+import csv
+import datetime as dt
 import gzip
 import json
 import math
+import os
 import string
 import tempfile
 from contextlib import ExitStack, closing
+from decimal import Decimal
 from operator import itemgetter
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +23,17 @@ from hypothesis import strategies as st
 from scaling.config import ConfigError
 from scaling.data.corpus import CorpusError
 from scaling.data.engine import DuckDB, Spark
-from scaling.data.sources import LOG, read_logs, resolve, source_config, source_files
+from scaling.data.sources import (
+    LOG,
+    SCHEMA,
+    read_logs,
+    resolve,
+    source_config,
+    source_files,
+    texts,
+)
+from scaling.data.sources.layout import Columns, LogTable
+from scaling.data.sources.text_rows import TextFile
 
 COLUMNS = {"user": "u", "service": "s", "text": "t", "item": "i", "time": "w", "rating": "r"}
 
@@ -42,10 +58,13 @@ def read(config, base, engine=None):
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         engine = engine or stack.enter_context(closing(DuckDB(Path(folder))))
         logs = read_logs(engine, config, base)
-        rows = engine.rows(logs)
+        engine.write(logs, Path(folder) / "logs.parquet")
+        table = pq.read_table(Path(folder) / "logs.parquet")
+    assert table.schema.types == SCHEMA.types
+    rows = table.to_pylist()
     assert list(logs.columns) == list(LOG)
     frame = pd.DataFrame(rows, columns=list(LOG), dtype=object)
-    return frame.sort_values(["position", "problem"], ignore_index=True)
+    return frame.sort_values(["position", "problem", "user"], ignore_index=True)
 
 
 ROWS = [
@@ -214,8 +233,6 @@ def test_a_torn_gzip_is_told(tmp_path):
 
 
 def test_parquet_with_types_and_missing_values(tmp_path):
-    import datetime as dt
-
     rows = pa.table(
         {
             "u": pa.array([1, None, 3], pa.int64()),
@@ -368,6 +385,447 @@ def test_nan_that_the_statistics_of_parquet_leave_out(tmp_path, engine):
     by_position = sorted(engine.rows(logs), key=itemgetter("position"))
     assert [row["problem"] is None for row in by_position] == [True, False, True, False]
     assert engine.value(logs.filter(logs.rating > 1.5).count()) == 2
+
+
+# --- both engines, and Python, say the same -------------------------------------------------------
+
+NUMBERS = (
+    *("0", "5", "+5", "-1", "-0", "007", "1500000000", "4102444799", "4102444800", "1499999999999"),
+    *(
+        "1.5",
+        "5.",
+        ".5",
+        "-.5",
+        "+1.5E9",
+        "1e400",
+        "-1e400",
+        "1e-400",
+        "9" * 25,
+        "9" * 400,
+        "1_000",
+    ),
+    *(
+        " 5 ",
+        "\t5",
+        "5\n",
+        "5 5",
+        "5d",
+        "5f",
+        "0x10",
+        "1e",
+        "e1",
+        "--5",
+        "+",
+        ".",
+        "٣",
+        "1,5",
+        "5%",
+    ),
+    *(
+        "nan",
+        "NaN",
+        "-nan",
+        "inf",
+        "+Infinity",
+        "infinit",
+        "null",
+        "true",
+        "five",
+        "it's",
+        "\\",
+        "${x}",
+    ),
+    *(
+        "1500000000.9",
+        "4102444799.9",
+        "-0.5",
+        "1" + "0" * 17,
+        "1" + "0" * 18,
+        "9223372036854775808",
+    ),
+    *(
+        "x" * 30,
+        "x" * 999,
+        "x" * 1_000,
+        "ü" * 31,
+        "x" * 1_234_567,
+        "1" * 31,
+        "2018-13-01 25:00",
+        "😀",
+    ),
+)
+MOMENTS = (
+    *(
+        "2017-07-14",
+        "2017-02-29",
+        "2016-02-29",
+        "2017-02-30",
+        "2017-7-14",
+        "20170714",
+        "2100-01-01",
+    ),
+    *("2017-07-14T02:40:00", "2017-07-14 02:40", "2017-07-14 02:40Z", "2017-07-14T02:40:00Z"),
+    *("2017-07-14T02:40:00+00:00", "2017-07-14 04:40:00+02", "2017-07-14 04:40:00.9+0200"),
+    *("2017-07-14T02:40:00.123456789-05:30", "2017-07-14T02:40:00,5", "2017-07-14T24:00:00"),
+    *("2017-07-14T02:60:00", "2017-07-14T02:40:60", "2017-07-14t02:40:00z", "2017-07-14T02"),
+    *("2017-07-14T02:40:00 +02:00", "2017-07-14T02:40:00 UTC", " 2017-07-14", "2017-07-14T"),
+    *("1970-01-01T01:00:00+01:00", "1970-01-01T00:59:59+01:00", "2099-12-31T23:59:59.9"),
+    *("2099-12-31T23:59:59-00:01", "0000-01-01", "9999-12-31", "12017-01-01", "epoch", "now"),
+    *("today", "infinity", "2017-W28-5", "2017-07-14T02:40:00+23:59", "2017-07-14T02:40:00+24:00"),
+)
+
+
+def outcomes(name, rows, folder, engine=None, **keys):
+    """What each row is read as: its time and rating, or what is said of it."""
+    folder.mkdir(exist_ok=True)
+    rows = [{**ROWS[0], "i": str(n), **row} for n, row in enumerate(rows)]
+    if name.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), folder / name, row_group_size=7)
+    else:
+        write(folder / name, rows)
+    frame = read(table_source(name, **keys), folder, engine)
+    found = {}
+    for item, time, rating, problem in zip(
+        frame["item"], frame.time, frame.rating, frame.problem, strict=True
+    ):
+        if problem is None:
+            found[int(item)] = (time, rating)
+        else:
+            line, _, reason = problem.removeprefix(f"{folder / name}:").partition(": ")
+            found[int(line) - 1] = reason
+    assert sorted(found) == list(range(len(rows)))
+    return [found[n] for n in range(len(rows))]
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "ns"])
+def test_texts_are_the_same_numbers_and_times_for_engines_and_for_python(tmp_path, engine, unit):
+    texts = NUMBERS + MOMENTS
+    rows = [{"w": v, "r": "5"} for v in texts] + [{"w": "5", "r": v} for v in texts]
+    ours = outcomes("l.parquet", rows, tmp_path / "engine", engine, time_unit=unit)
+    theirs = outcomes("l.jsonl", rows, tmp_path / "python", time_unit=unit)
+    assert dict(zip(map(str, rows), ours, strict=True)) == dict(
+        zip(map(str, rows), theirs, strict=True)
+    )
+    assert "not a rating: text of 1,234,567 characters" in ours
+    if unit == "s":
+        known = dict(zip(texts, ours, strict=False))
+        assert known["2017-07-14 02:40Z"] == known["2017-07-14 04:40:00+02"] == (1_500_000_000, 5)
+        assert known["2017-07-14T02:40:00.123456789-05:30"] == (1_500_000_000 + 19_800, 5)
+        assert known["2017-07-14T02:40:00+23:59"] == (1_500_000_000 - 86_340, 5)
+        assert known["1500000000.9"] == (1_500_000_000, 5)
+        assert known["2017-02-30"] == "not a time: '2017-02-30'"
+        assert known["2099-12-31T23:59:59-00:01"].startswith("not a time from 1970 to 2099")
+
+
+@pytest.mark.slow
+@given(texts=st.lists(st.from_regex(r"[0-9]{0,4}[-+.:eTZ 0-9]{0,12}", fullmatch=True), max_size=50))
+@settings(max_examples=30)
+def test_any_texts_are_the_same_numbers_and_times(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("texts")
+    rows = [{"w": v, "r": "5"} for v in ["", *texts]] + [{"w": "5", "r": v} for v in texts]
+    ours = outcomes("l.parquet", rows, folder / "engine")
+    assert ours == outcomes("l.jsonl", rows, folder / "python")
+
+
+S = 1_500_000_000
+UTC, NEW_YORK = dt.UTC, ZoneInfo("America/New_York")
+FAR = dt.datetime(2100, 1, 1)
+TYPED = [
+    (pa.int8(), "s", [5, -1, None], [5, None, "no"]),
+    (pa.uint32(), "s", [S, 2**32 - 1], [S, None]),
+    (pa.int64(), "ns", [S * 10**9 - 1, -1, 2**63 - 1, -(2**63)], [S - 1, None, None, None]),
+    (pa.uint64(), "ns", [S * 10**9 - 1, 2**64 - 1], [S - 1, None]),
+    (pa.float32(), "s", [2.0**24, math.nan, math.inf], [2**24, None, None]),
+    (pa.float64(), "ms", [S * 1e3 + 999.9, -0.1, math.nan, -math.inf, 1e300, 0.0],
+     [S, None, None, None, None, 0]),
+    (pa.decimal128(38, 10), "s", [Decimal("1500000000.9999999999"), Decimal("-0.1"),
+     Decimal("9" * 28)], [S, None, None]),
+    (pa.decimal128(20, 0), "ns", [Decimal(S * 10**9 - 1), Decimal("9" * 20)], [S - 1, None]),
+    (pa.date32(), "s", [dt.date(2017, 7, 14), dt.date(1969, 12, 31), FAR.date()],
+     [1_499_990_400, None, None]),
+    (pa.timestamp("us"), "s", [dt.datetime(2017, 7, 14, 2, 39, 59, 999_999), FAR,
+     dt.datetime(1, 1, 1)], [S - 1, None, None]),
+    (pa.timestamp("ns"), "s", [S * 10**9 - 1, -1, 2**63 - 1], [S - 1, None, None]),
+    (pa.timestamp("ns", "UTC"), "s", [S * 10**9 - 1, S * 10**9], [S - 1, S]),
+    (pa.timestamp("ms", "America/New_York"), "s",
+     [dt.datetime(2017, 7, 13, 22, 40, tzinfo=NEW_YORK), FAR.replace(tzinfo=UTC)], [S, None]),
+    (pa.string(), "s", ["", None, str(S)], ["no", "no", S]),
+    (pa.large_string(), "s", ["2017-07-14 02:40"], [S]),
+    (pa.dictionary(pa.int32(), pa.string()), "s", ["2017-07-14", None, "x"],
+     [1_499_990_400, "no", None]),
+]  # fmt: skip
+"""Types of times, their units, values, and the seconds they are; None: not one of 1970 to 2099."""
+
+
+def test_times_of_every_type_are_the_same_for_engines(tmp_path, engine):
+    tables = []
+    for n, (kind, unit, values, _) in enumerate(TYPED):
+        times = pa.array(values, kind)
+        columns = {k: [v] * len(times) for k, v in ROWS[0].items()} | {"w": times}
+        columns["i"] = [f"{n}/{i}" for i in range(len(times))]
+        pq.write_table(pa.table(columns), tmp_path / f"{n}.parquet")
+        tables.append({"files": [f"{n}.parquet"], "columns": COLUMNS, "time_unit": unit})
+    config = source_config({"kind": "tables", "tables": tables}, "test")
+    frame = read(config, tmp_path, engine).set_index("item")
+    for n, (kind, unit, values, seconds) in enumerate(TYPED):
+        for i, (value, second) in enumerate(zip(values, seconds, strict=True)):
+            row, what = frame.loc[f"{n}/{i}"], (kind, value)
+            assert row.position == (n << 40) + i
+            if isinstance(second, int):
+                assert (row.time, row.problem) == (second, None), what
+                continue
+            where = f"{tmp_path / f'{n}.parquet'}:{i + 1}: "
+            outside = f"{where}not a time from 1970 to 2099 (time_unit = {unit!r})"
+            told = pa.types.is_integer(kind) or pa.types.is_date(kind) or kind == pa.decimal128(20)
+            expected = {
+                "no": f"{where}no time ('w' is empty)",
+                "x": f"{where}not a time: text of 1 characters",
+            }
+            assert row.problem == expected.get(
+                second or value, f"{outside}: '{value}'" if told else outside
+            ), what
+
+
+def test_ratings_and_ids_of_every_type_are_the_same_for_engines(tmp_path, engine):
+    ratings = {
+        pa.float32(): [0.1, math.nan, -math.inf, None],
+        pa.float64(): [0.1, math.nan, math.inf, None],
+        pa.int16(): [-3, 5, 0, None],
+        pa.uint64(): [2**64 - 1, 2**53 + 1, 0, None],
+        pa.decimal128(38, 20): [Decimal("0.1"), Decimal("123456789012345678.12345678901234567890"),
+                                Decimal(0), None],
+        pa.dictionary(pa.int8(), pa.string()): ["0.1", "nan", "-Infinity", ""],
+        pa.null(): [None] * 4,
+    }  # fmt: skip
+    ids = {
+        pa.uint64(): ([2**64 - 1, 0, 7, None], ["18446744073709551615", "0", "7", None]),
+        pa.decimal128(38, 0): ([Decimal("9" * 38), Decimal(0), Decimal(-7), None],
+                               ["9" * 38, "0", "-7", None]),
+        pa.int8(): ([-128, 0, 7, None], ["-128", "0", "7", None]),
+        pa.dictionary(pa.int8(), pa.large_string()): (["", "ä", "'\\", None],
+                                                      [None, "ä", "'\\", None]),
+    }  # fmt: skip
+    expected = {}
+    tables = []
+    for n, (kind, values) in enumerate(ratings.items()):
+        columns = {k: [v] * 4 for k, v in ROWS[0].items()} | {"r": pa.array(values, kind)}
+        pq.write_table(pa.table(columns), tmp_path / f"r{n}.parquet")
+        numbers = [None if v in (None, "") else float(np.float32(v) if kind == pa.float32() else v)
+                   for v in values]  # fmt: skip
+        expected[len(tables)] = [v if v is None or math.isfinite(v) else None for v in numbers]
+        tables.append({"files": [f"r{n}.parquet"], "columns": COLUMNS})
+    for n, (kind, (values, _)) in enumerate(ids.items()):
+        columns = {k: [v] * 4 for k, v in ROWS[0].items()} | {"i": pa.array(values, kind)}
+        pq.write_table(pa.table(columns), tmp_path / f"i{n}.parquet")
+        tables.append({"files": [f"i{n}.parquet"], "columns": COLUMNS})
+    config = source_config({"kind": "tables", "tables": tables}, "test")
+    frame = read(config, tmp_path, engine)
+    for n in range(len(tables)):
+        rows = frame[frame.position.map(lambda p, n=n: p >> 40 == n)]
+        if n in expected:
+            assert rows.rating.tolist() == expected[n], tables[n]
+            assert rows.problem.isnull().all()
+        else:
+            _, texts = list(ids.values())[n - len(expected)]
+            assert rows["item"].tolist() == texts
+            assert rows.problem.isnull().tolist() == [text is not None for text in texts]
+
+
+def test_positions_of_a_column(tmp_path, engine):
+    columns = {**COLUMNS, "position": "p"}
+    values = [3, -(2**63), 2**63 - 1, None]
+    write(
+        tmp_path / "l.jsonl", [{**ROWS[0], "p": p} for p in [*values, 2**63, "7", "1.5", 2.5, 4.0]]
+    )
+    frame = read(table_source("l.jsonl", columns=columns), tmp_path)
+    where = f"{tmp_path / 'l.jsonl'}:"
+    assert set(frame.problem.dropna()) == {
+        f"{where}5: not a position: '9223372036854775808'",
+        f"{where}7: not a position: '1.5'",
+        f"{where}8: not a position: '2.5'",
+    }
+    assert sorted(frame.position.dropna()) == [-(2**63), 3, 4, 7, 2**63 - 1]
+    for kind in (pa.int64(), pa.string(), pa.uint64(), pa.decimal128(38, 0)):
+        given = pa.array([None if v is None else str(v) for v in [5, *values[2:]]]).cast(kind)
+        rows = {k: [v] * 3 for k, v in ROWS[0].items()}
+        pq.write_table(pa.table({**rows, "p": given}), tmp_path / "l.parquet")
+        frame = read(table_source("l.parquet", columns=columns), tmp_path, engine)
+        assert frame.problem.isnull().all()
+        assert frame.position.tolist() == [5, 2**63 - 1, None]
+    pq.write_table(
+        pa.table({**rows, "p": pa.array([1, 2**63, 2], pa.uint64())}), tmp_path / "l.parquet"
+    )
+    frame = read(table_source("l.parquet", columns=columns), tmp_path, engine)
+    where = f"{tmp_path / 'l.parquet'}:"
+    assert frame.problem.dropna().tolist() == [f"{where}2: not a position: '9223372036854775808'"]
+
+
+# --- folders of many files ------------------------------------------------------------------------
+
+
+def test_a_folder_of_2000_parts(tmp_path, engine):
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    for n in range(2_000):
+        columns = {k: [v] * 2 for k, v in ROWS[0].items()} | {"i": [f"{n}/0", f"{n}/1"]}
+        pq.write_table(
+            pa.table({**columns, "w": [n, -1 if n == 1_234 else n]}), folder / f"{n:04}.parquet"
+        )
+    (folder / "_SUCCESS").write_text("")
+    frame = read(table_source("logs"), tmp_path, engine)
+    assert frame["item"].tolist() == [f"{n}/{i}" for n in range(2_000) for i in (0, 1)]
+    assert frame.position.tolist() == [(n << 40) + i for n in range(2_000) for i in (0, 1)]
+    assert frame.problem.dropna().tolist() == [
+        f"{folder / '1234.parquet'}:2: not a time from 1970 to 2099 (time_unit = 's'): '-1'"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl.gz"])
+def test_values_in_names_of_folders(tmp_path, engine, kind):
+    """Folders as Spark writes them: ``SparkSession.write.partitionBy``."""
+    parts = {
+        "s=food/w=2017-07-14": ("food", 1_499_990_400, None),
+        "s=a%20b%3D%2Fc/w=5": ("a b=/c", 5, None),
+        "s=ü+[1]{x}*?/w=5": ("ü+[1]{x}*?", 5, None),
+        "s=__HIVE_DEFAULT_PARTITION__/w=5": (None, 5, "no service ('s' is empty)"),
+        "s=x/w=soon": ("x", None, "not a time: text of 4 characters"),
+    }
+    left = {k: v for k, v in ROWS[0].items() if k not in "sw"}
+    for n, name in enumerate(parts):
+        (tmp_path / "logs" / name).mkdir(parents=True)
+        write(tmp_path / "logs" / name / f"part {n}.{kind}", [{**left, "i": str(n)}])
+    (tmp_path / "logs" / "_temporary" / "s=y" / "w=1").mkdir(parents=True)
+    (tmp_path / "logs" / "_temporary" / "s=y" / "w=1" / f"part.{kind}").write_bytes(b"torn")
+    for pattern in ("logs", "logs/s=*/**/*." + kind):
+        frame = read(table_source(pattern), tmp_path, engine)
+        said = [p and p.partition(f".{kind}:")[2].partition(": ")[2] for p in frame.problem]
+        if kind == "parquet":
+            rows = zip(frame["item"], frame.service, frame.time, said, strict=True)
+            assert {i: row for i, *row in rows} == {
+                str(n): list(value) for n, value in enumerate(parts.values())
+            }
+        else:
+            sound = [(service, time) for service, time, why in parts.values() if why is None]
+            found = zip(frame.service, frame.time, frame.problem, strict=True)
+            assert sorted((s, t) for s, t, p in found if p is None) == sorted(sound)
+            assert sorted(filter(None, said)) == sorted(why for *_, why in parts.values() if why)
+
+
+def test_what_a_folder_holds(tmp_path):
+    (tmp_path / "logs.parquet").mkdir()
+    with pytest.raises(CorpusError, match=r"logs\.parquet: holds no file of a known format"):
+        source_files(table_source("logs.parquet"), tmp_path)
+    write(tmp_path / "logs.parquet" / "part-0.parquet")
+    (tmp_path / "logs.parquet" / ".part-0.parquet.crc").write_text("")
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "_SUCCESS").write_text("")
+    part = tmp_path / "logs.parquet" / "part-0.parquet"
+    for names in (["logs.parquet"], ["*.parquet"], ["**/*.parquet"], ["logs.parquet", "l*/p*"]):
+        assert source_files(table_source(*names), tmp_path) == [part]
+    with pytest.raises(CorpusError, match=r"notes\.txt: format unknown"):
+        source_files(table_source("*"), tmp_path)
+
+
+# --- text files in blocks -------------------------------------------------------------------------
+
+
+CELLS = st.text(alphabet='ab",\n\r\0é', max_size=6)
+
+
+@given(
+    rows=st.lists(
+        st.tuples(CELLS, CELLS, st.booleans(), st.sampled_from(["\n", "\r\n", "\r"])), max_size=30
+    ),
+    size=st.integers(1, 40),
+)
+@example(rows=[('"', "a", False, "\n"), ("b", "\n" * 6, True, "\n"), ("", "c", True, "\n")], size=3)
+@settings(max_examples=300)
+def test_blocks_of_csv_are_one_file(tmp_path_factory, rows, size):
+    """However a file is cut, and whatever quotes it has: as by one parser over the whole file."""
+    path = tmp_path_factory.mktemp("blocks") / "l.csv"
+    text = "u,t\r\n"
+    for a, b, quoted, end in rows:
+        cells = ['"' + c.replace('"', '""') + '"' if quoted else c for c in (a, b)]
+        text += ",".join(cells) + end
+    path.write_bytes(text.encode())
+    expected = []
+    with open(path, newline="", encoding="utf-8") as f:
+        reader = csv.reader(f)
+        header = next(reader)
+        line = reader.line_num + 1
+        for fields in reader:
+            if len(fields) != len(header) or not fields[0]:
+                expected += [line] if fields else []
+            else:
+                expected.append((fields[0], fields[1] or None))
+            line = reader.line_num + 1
+    table = LogTable(files=("l.csv",), columns=Columns(user="u", text="t"), service="s")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "BLOCK", size)
+        patch.setattr(texts, "PIECE", max(1, size // 3))
+        found = {5: texts.Found(table)}
+        batches = list(texts.text_batches([TextFile(5, path, "csv", table)], found))
+    logs = [row for batch in batches for row in batch.to_pylist()]
+    sound = [(n, e) for n, e in enumerate(expected) if not isinstance(e, int)]
+    assert [(r["position"] - 5 * 2**40, (r["user"], r["text"])) for r in logs if r["user"]] == sound
+    lines = [r["problem"].removeprefix(f"{path}:").partition(":")[0] for r in logs if r["problem"]]
+    assert sorted(map(int, lines)) == [e for e in expected if isinstance(e, int)]
+    assert found[5].rows == len(expected)
+
+
+@pytest.mark.parametrize("name", ["l.csv", "l.jsonl", "l.csv.gz"])
+def test_blocks_of_many_files_in_processes(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(texts, "ALONE", 0)
+    monkeypatch.setattr(texts, "BLOCK", 2_000)
+    monkeypatch.setattr(texts.os, "sched_getaffinity", lambda _: {0, 1})
+    for n in range(3):
+        rows = [{**ROWS[2], "i": f"{n}/{i}", "w": -1 if i == 250 else i} for i in range(300)]
+        write(tmp_path / f"{n}{name}", rows)
+    frame = read(table_source(f"*{name}"), tmp_path)
+    sound = frame[frame.problem.isnull()]
+    kept = [(n, i) for n in range(3) for i in range(300) if i != 250]
+    assert sound["item"].tolist() == [f"{n}/{i}" for n, i in kept]
+    assert sound.position.tolist() == [(n << 40) + i for n, i in kept]
+    assert set(sound.text) == {ROWS[2]["t"]}
+    line = 251 if "jsonl" in name else 2 + 2 * 250  # each row of CSV here is two lines
+    assert sorted(frame.problem.dropna()) == [
+        f"{tmp_path / f'{n}{name}'}:{line}: not a time from 1970 to 2099 (time_unit = 's'): '-1'"
+        for n in range(3)
+    ]
+
+
+def ends(block):
+    os._exit(1)
+
+
+def test_a_process_that_ends_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "ALONE", 0)
+    monkeypatch.setattr(texts.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(texts, "parse", ends)
+    write(tmp_path / "l.csv")
+    with pytest.raises(CorpusError, match="a process that parsed text files ended"):
+        read(table_source("l.csv"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["l.csv", "l.jsonl"])
+def test_a_file_of_another_encoding_is_refused_once(tmp_path, name):
+    rows = [{**ROWS[0], "t": text} for text in ["plain", *["Thé für zwei"] * 20]]
+    lines = [",".join(map(str, {**r, "t": r["t"]}.values())) for r in rows]
+    text = "\n".join(["u,s,t,i,w,r", *lines]).replace('Tea, "green"', "Tea")
+    if name == "l.jsonl":
+        text = "\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
+    (tmp_path / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(CorpusError, match=r'set the table.s key encoding = "latin-1"') as e:
+        read(table_source(name), tmp_path)
+    assert str(e.value).startswith(f"{tmp_path / name}: not utf-8: ")
+    frame = read(table_source(name, encoding="latin-1"), tmp_path)
+    assert frame.text.tolist() == ["plain", *["Thé für zwei"] * 20]
+    # Some rows of another encoding among those of the right one are theirs alone.
+    mixed = text.encode() + b"\n" + b"\n".join(text.encode("latin-1").split(b"\n")[-12:])
+    (tmp_path / name).write_bytes(mixed)
+    frame = read(table_source(name), tmp_path)
+    assert frame.problem.notnull().sum() == 12
+    assert all("'t' is not valid text" in p for p in frame.problem.dropna())
 
 
 def test_wrong_sources_are_refused(tmp_path, monkeypatch):

@@ -166,15 +166,15 @@ def _time(raw: Any, kind: pa.DataType, unit: str) -> tuple[Any, list[tuple[Any, 
     outside = ibis.literal(f"{OUTSIDE} (time_unit = {unit!r})")
     told = outside + ": " + _shown(text)
     if types.is_date(kind):
-        time = _inside(raw.cast("timestamp").epoch_seconds())
+        time = _inside(_seconds(raw.cast("timestamp")))
         return time, [(time.isnull(), told)]
     if types.is_timestamp(kind):
         if raw.type().is_integer():  # nanoseconds, as Spark reads them
             time = _of_number(raw, UNITS["ns"])
         elif kind.unit == "ns":  # DuckDB's, whose casts round
-            time = _inside(text.left(19).try_cast("timestamp").epoch_seconds())
-        else:  # DuckDB's seconds have a fraction, whatever Ibis says
-            time = _inside(raw.truncate("s").epoch_seconds())
+            time = _inside(_seconds(text.left(19).try_cast("timestamp")))
+        else:
+            time = _inside(_seconds(raw.truncate("s")))
         return time, [(time.isnull(), outside)]
     if not _is_text(kind):
         time = _of_number(raw, UNITS[unit])
@@ -185,7 +185,7 @@ def _time(raw: Any, kind: pa.DataType, unit: str) -> tuple[Any, list[tuple[Any, 
     time = ibis.coalesce(
         _of_number(_held(fits(text, WHOLE), text).try_cast("int64"), UNITS[unit]),
         _of_number(_held(number, text).try_cast("float64"), UNITS[unit]),
-        _inside(day.cast("timestamp").epoch_seconds() + _clock(text)),
+        _inside(_seconds(day.cast("timestamp")) + _clock(text)),
     )
     none = ibis.literal("not a time: ") + _shown(text)
     return time, [(~number & day.isnull(), none), (time.isnull(), told)]
@@ -205,9 +205,13 @@ def _clock(text: Any) -> Any:
     return local + ibis.ifelse(zone.left(1) == "-", offset, -offset)
 
 
+def _seconds(moment: Any) -> Any:
+    # DuckDB's are no whole numbers, whatever Ibis says: the first cast is there for the second.
+    return moment.epoch_seconds().cast("float64").cast("int64")
+
+
 def _inside(seconds: Any) -> Any:
-    inside = (seconds >= TIMES.start) & (seconds < TIMES.stop)
-    return _held(inside, seconds.cast("int64"))
+    return _held((seconds >= TIMES.start) & (seconds < TIMES.stop), seconds)
 
 
 def _of_number(raw: Any, unit: int) -> Any:
