@@ -66,10 +66,11 @@ def build(
     begin("logs")
     clean = clean_logs(engine, file, corpus_file.parent, str(corpus_file), malformed)
     begin("users")
-    columns: dict[str, Any] = {"uid": np.int64, "key": object, "draw": object}
-    columns |= {f"n{i}": np.int64 for i in range(len(file.services))}
-    uids, keys, draws, *n = engine.fetch(clean.users, columns, ("uid",))
-    keys, draws, counts = _hashes(keys), _hashes(draws), np.stack(n, axis=1)
+    columns = ("uid", "key", "draw", *(f"n{i}" for i in range(len(file.services))))
+    users = engine.stream(clean.users, columns, ("uid",))
+    chunks = [(uid, _hashes(key), _hashes(draw), *n) for uid, key, draw, *n in users]
+    uids, keys, draws, *n = (np.concatenate(c) for c in zip(*chunks, strict=True))
+    counts = np.stack(n, axis=1)
     splits = split_users(counts, keys, draws, file.users, file.services, str(corpus_file))
     kept = np.concatenate([splits[s] for s in SPLITS])
     batch = pa.record_batch({"uid": uids[kept], "row": np.arange(len(kept))})
