@@ -87,7 +87,7 @@ def train(
 def transfer(
     run: Annotated[str, typer.Argument(help="Run key, its first letters, or a sweep file.")],
     root: Root = WORK,
-    task: Annotated[list[str] | None, typer.Option(help="Task; default: all.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Task; default: all with folds.")] = None,
     folds: Annotated[int, typer.Option(help="Folds of the users: 2, 5 or 10.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of the heads.")] = 0,
     history: Annotated[str, typer.Option(help="target: the task's own log; or all.")] = "target",
@@ -103,7 +103,7 @@ def transfer(
     """
     from scaling.data.corpus import Corpus
     from scaling.rundir import RunDir
-    from scaling.transfer.evaluate import evaluate
+    from scaling.transfer.evaluate import evaluable, evaluate
 
     if run.endswith(".toml"):
         _, _, planned = planned_runs(Path(run), root)
@@ -121,7 +121,7 @@ def transfer(
             rows += evaluate(
                 one,
                 corpus,
-                task or sorted(corpus.manifest["tasks"]),
+                task or evaluable(corpus),
                 folds=folds,
                 seed=seed,
                 history=history,

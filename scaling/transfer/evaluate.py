@@ -222,22 +222,34 @@ def evaluate(
     return rows
 
 
+def evaluable(corpus: Corpus) -> list[str]:
+    """Names of the tasks of a corpus that ``evaluate`` can do, sorted."""
+    return [t for t in sorted(corpus.manifest["tasks"]) if _unfit(Task.open(corpus, t)) is None]
+
+
+def _unfit(task: Task) -> str | None:
+    """Why no run of the task's own corpus is evaluated on it here, if so."""
+    if task.foreign:
+        return (
+            "it is for encoders of other corpora (encoders = 'foreign'): this one's pretraining "
+            "may have its targets"
+        )
+    if task.form == "leave_one_out" or not task.negatives.shape[2]:
+        return (
+            "only tasks with stored negatives and with users in folds are evaluated, and it has "
+            f"form = {task.form!r} and {task.negatives.shape[2]} negatives"
+        )
+    return None
+
+
 def _refuse(corpus: Corpus, task: Task, history: str) -> None:
     """Refuse what a task cannot be asked for.
 
     Raises:
         TransferError: it lacks the histories asked for, or this evaluation is none of its form.
     """
-    if task.foreign:
-        raise TransferError(
-            f"task {task.name!r} is for encoders of other corpora (encoders = 'foreign'): this "
-            "run's pretraining may have its targets"
-        )
-    if task.form == "leave_one_out" or not task.negatives.shape[2]:
-        raise TransferError(
-            f"task {task.name!r}: only tasks of stored negatives and of users in folds are "
-            f"evaluated, and its form is {task.form!r} with {task.negatives.shape[2]} negatives"
-        )
+    if why := _unfit(task):
+        raise TransferError(f"task {task.name!r}: {why}")
     if task.form == "first" and history == "target":
         raise TransferError(
             f"task {task.name!r}: before a first log of {task.service!r} (form = 'first') there is "

@@ -669,23 +669,25 @@ def test_forms_and_logs_that_do_not_go_together(tmp_path: Path) -> None:
         assert not list((tmp_path / "corpora").glob("c-*"))
 
 
-def test_the_month_of_a_new_user_ends_to_the_second(tmp_path: Path) -> None:
-    """Users with one earlier log of another service: a month before the target, or a second more;
-    and one with a log at the very time of the target, which is not before it."""
-    target = 100 * DAY
+@pytest.mark.parametrize("cut", ["time", "day"])
+def test_the_month_of_a_new_user_ends_to_the_second(tmp_path: Path, cut: str) -> None:
+    """Users with one log beside that of long ago: a month before what is not before the target any
+    more, or a second earlier; at that very time, or on the day of the target."""
+    target = 100 * DAY + 3600
+    until = target if cut == "time" else 100 * DAY
     rows = [(u, s, 1, 0) for u in range(9) for s in "ab"]
-    for user, time in ((10, target - MONTH), (11, target - MONTH - 1), (12, target)):
+    for user, time in ((10, until - MONTH), (11, until - MONTH - 1), (12, until), (13, until - 1)):
         rows += [(user, "c", 1, 0), (user, "c", 2, target), (user, "b", 2, time)]
     path = write_corpus(tmp_path, [*rows, (0, "c", 3, 1)], True, "none")
     head = path.read_text().split("[tasks.")[0]
     path.write_text(
         f'{head}[tasks.t]\nservice = "c"\nusers = "all"\nnegatives = 1\ntargets = 1\n'
-        "segments = true\n"
+        f'segments = true\ncut = "{cut}"\n'
     )
     task = Task.open(Corpus.open(prepare(path, tmp_path)), "t")
     found = dict(zip(task.keys.tolist(), task.segment.tolist(), strict=True))
-    named = {u: SEGMENTS[found[hashed("order", f"u{u}")]] for u in (10, 11, 12)}
-    assert named == {10: "regular", 11: "new", 12: "new"}
+    named = {u: SEGMENTS[found[hashed("order", f"u{u}")]] for u in (10, 11, 12, 13)}
+    assert named == {10: "regular", 11: "new", 12: "new", 13: "regular"}
 
 
 @pytest.mark.parametrize("check", ["task_build.refuse_leaks", "tasks.Task.refuse_leaks"])
