@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from scaling.data.card import corpus_card
 from scaling.data.corpus import Corpus, content_digest, task_digest
+from scaling.data.engine import DuckDB, Engine, Spark
 from scaling.files import sha256
 from tests.conftest import missing
 
@@ -36,6 +38,18 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     session.sparkContext.setLogLevel("ERROR")
     yield session
     session.stop()
+
+
+@pytest.fixture(params=["duckdb", pytest.param("spark", marks=pytest.mark.slow)])
+def engine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    """Each engine in turn."""
+    if request.param == "spark":
+        request.getfixturevalue("spark")
+    kind: Any = {"duckdb": DuckDB, "spark": Spark}[request.param]
+    with closing(kind(tmp_path_factory.mktemp("scratch"))) as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from scaling.config import ConfigError
 from scaling.data.corpus import CorpusError
-from scaling.data.engine import DuckDB, Spark
+from scaling.data.engine import DuckDB
 from scaling.data.sources import (
     LOG,
     SCHEMA,
@@ -41,16 +41,6 @@ COLUMNS = {"user": "u", "service": "s", "text": "t", "item": "i", "time": "w", "
 def table_source(*names, **keys):
     tables = [{"files": list(names), "columns": COLUMNS, **keys}]
     return source_config({"kind": "tables", "tables": tables}, "test")
-
-
-@pytest.fixture(params=["duckdb", pytest.param("spark", marks=pytest.mark.slow)])
-def engine(request, tmp_path_factory):
-    """Each engine in turn."""
-    if request.param == "spark":
-        request.getfixturevalue("spark")
-    kind = {"duckdb": DuckDB, "spark": Spark}[request.param]
-    with closing(kind(tmp_path_factory.mktemp("scratch"))) as opened:
-        yield opened
 
 
 def read(config, base, engine=None):

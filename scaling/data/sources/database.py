@@ -12,7 +12,7 @@ from scaling.data.corpus import CorpusError
 from scaling.data.engine import Engine, Spark
 from scaling.data.sources import CHUNK, resolve
 from scaling.data.sources.layout import LogTable, require
-from scaling.data.sources.relational import column_types, to_logs
+from scaling.data.sources.relational import Types, column_types, to_logs
 
 
 def database_files(table: LogTable, base: Path) -> list[Path] | None:
@@ -47,14 +47,14 @@ def table_logs(engine: Engine, table: LogTable, number: int, base: Path) -> tupl
         if not isinstance(engine, Spark):
             raise CorpusError(f"{table.where}: no connection; only engine spark has a catalog")
         rows = _mapped(engine.con, table)
+        kinds = column_types(table.where, rows.schema().to_pyarrow(), table)
         n_rows = int(engine.value(rows.count()))
     else:
         con = _connect(table, base)
         try:
-            rows, n_rows = _loaded(engine, con, table, f"source_table_{number}")
+            rows, kinds, n_rows = _loaded(engine, con, table, f"source_table_{number}")
         finally:
             con.disconnect()
-    kinds = column_types(table.where, rows.schema().to_pyarrow(), table)
     where = ibis.literal(f"{table.where}: ")
     return to_logs(rows, kinds, table, where, ibis.null("int64")), n_rows
 
@@ -95,8 +95,8 @@ def _mapped(con: Any, table: LogTable) -> Any:
     return found.select(*dict.fromkeys(table.wanted))
 
 
-def _loaded(engine: Engine, con: Any, table: LogTable, name: str) -> tuple[Any, int]:
-    """A table's mapped columns in the engine, and the number of rows."""
+def _loaded(engine: Engine, con: Any, table: LogTable, name: str) -> tuple[Any, Types, int]:
+    """A table's mapped columns in the engine, their types, and the number of rows."""
     found = _mapped(con, table)
     # Arrow has no type for these but text.
     texts = {
@@ -106,18 +106,23 @@ def _loaded(engine: Engine, con: Any, table: LogTable, name: str) -> tuple[Any, 
     }
     found = found.mutate(**texts)
     schema = found.schema().to_pyarrow()
-    column_types(table.where, schema, table)
+    kinds = column_types(table.where, schema, table)
     n_rows = 0
 
     def batches() -> Iterator[pa.RecordBatch]:
         nonlocal n_rows
-        for batch in con.to_pyarrow_batches(found, chunk_size=CHUNK):
+        if con.name == "duckdb" and hasattr(con.con, "to_arrow_reader"):
+            # DuckDB 2, which Ibis 12 asks by an older name.
+            reader = con.con.sql(con.compile(found)).to_arrow_reader(CHUNK)
+        else:
+            reader = con.to_pyarrow_batches(found, chunk_size=CHUNK)
+        for batch in reader:
             n_rows += batch.num_rows
-            yield batch
+            yield batch.cast(schema)
 
     try:
-        return engine.load(name, batches(), schema), n_rows
-    except OSError:
+        return engine.load(name, batches(), schema), kinds, n_rows
+    except (CorpusError, OSError):
         raise
     except Exception as e:  # each driver has its own; its text may hold values
         raise CorpusError(f"{table.where}: cannot be read: {type(e).__name__}") from None

@@ -79,10 +79,8 @@ class LogTable(Frozen):
     def _consistent(self) -> Self:
         if bool(self.files) == bool(self.table):
             raise ValueError("a table has either files or the name of a table")
-        if self.connection is not None:
-            if self.table is None:
-                raise ValueError("connection goes with table, not with files")
-            _refuse_secrets(self.connection)
+        if self.connection is not None and self.table is None:
+            raise ValueError("connection goes with table, not with files")
         if (self.service is None) == (self.columns.service is None):
             raise ValueError(f"{self.where}: give either a service or a column for it")
         return self
@@ -104,20 +102,24 @@ class LogTable(Frozen):
         return f"{public_url(self.connection)}: {self.table}" if self.connection else self.table
 
 
-def _refuse_secrets(url: str) -> None:
-    """Refuse a URL with a password. It is not shown: the message may end up anywhere."""
+def refuse_secrets(url: object) -> None:
+    """Refuse a URL with a password. It is not shown: messages may end up anywhere.
+
+    Raises:
+        ValueError: it has one, or is none.
+    """
     try:
+        if not isinstance(url, str) or not re.match("[a-z][a-z0-9]*://", url):
+            raise ValueError
         parts = urlsplit(url)
         secret = parts.password is not None or any(
             re.search("pass|pwd|secret|token|key", name, re.IGNORECASE)
             for name, _ in parse_qsl(parts.query, keep_blank_values=True)
         )
     except ValueError:
-        raise ValueError("connection is no URL") from None
-    if not re.match(r"[a-z][a-z0-9]*://", url):
         raise ValueError(
             "connection is no URL; valid: duckdb:///path/file.duckdb, postgres://user@host/database"
-        )
+        ) from None
     if secret:
         raise ValueError(
             "connection holds a password; leave it to the environment or to a file of the "
@@ -126,9 +128,10 @@ def _refuse_secrets(url: str) -> None:
 
 
 def public_url(url: str) -> str:
-    """A connection without the part that says who connects, and how."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    """A connection without the parts that say who connects, and how."""
+    scheme, _, rest = url.partition("?")[0].partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def table_files(table: LogTable, base: Path) -> list[tuple[Path, str]]:

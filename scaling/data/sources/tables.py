@@ -6,17 +6,17 @@ Texts are parsed by Python (``texts.py``); rows of a database pass through once 
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, Self
 
 import ibis
-from pydantic import Field
+from pydantic import model_validator
 
 from scaling.config import Frozen
 from scaling.data.corpus import CorpusError
 from scaling.data.engine import Engine
 from scaling.data.sources import SCHEMA
 from scaling.data.sources.database import database_files, table_logs
-from scaling.data.sources.layout import LogTable, table_files
+from scaling.data.sources.layout import LogTable, refuse_secrets, table_files
 from scaling.data.sources.parquet import parquet_logs
 from scaling.data.sources.text_rows import TextFile
 from scaling.data.sources.texts import Found, text_batches
@@ -26,7 +26,23 @@ class Config(Frozen):
     """``[source]`` of a corpus file."""
 
     kind: Literal["tables"]
-    tables: Annotated[tuple[LogTable, ...], Field(min_length=1)]
+    tables: tuple[LogTable, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, data: Any) -> Any:
+        # Before anything else is wrong: messages show the values that they are about.
+        tables = data.get("tables") if isinstance(data, dict) else None
+        for table in tables if isinstance(tables, list) else []:
+            if isinstance(table, dict) and table.get("connection") is not None:
+                refuse_secrets(table["connection"])
+        return data
+
+    @model_validator(mode="after")
+    def _some_table(self) -> Self:
+        if not self.tables:
+            raise ValueError("there is no [[source.tables]]")
+        return self
 
 
 def files(config: Config, base: Path) -> list[Path] | None:
