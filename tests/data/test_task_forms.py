@@ -4,6 +4,7 @@ import csv
 import hashlib
 import itertools
 import random
+import tomllib
 from collections import Counter, defaultdict
 from dataclasses import replace
 from fractions import Fraction
@@ -376,6 +377,15 @@ def test_a_task_of_the_first_version_keeps_its_record() -> None:
 def test_tasks_that_make_no_sense_are_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         task_config(**keys)
+
+
+def test_the_tasks_of_the_guide() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text(encoding="utf-8")
+    block = guide.split("\n### Tasks\n")[1].split("\n### ")[0]
+    lines = [line.strip() for line in block.splitlines() if line.startswith("    ")]
+    tasks = tomllib.loads("\n".join(lines))["tasks"]
+    forms = [TaskConfig.parse(table, name).form for name, table in tasks.items()]
+    assert sorted(set(forms)) == sorted(FORMS)
 
 
 # --- the whole program -----------------------------------------------------------------------

@@ -10,13 +10,14 @@ import torch
 import scaling.transfer.features as features
 from scaling.config import ModelConfig, RunConfig, TrainSettings
 from scaling.data.corpus import Corpus, CorpusError
+from scaling.data.prepare import prepare
 from scaling.data.tasks import Task
 from scaling.files import RecordError
 from scaling.models import build
 from scaling.packing import PackedBatch
 from scaling.rundir import RunDir
 from scaling.train.loop import train
-from scaling.transfer.evaluate import evaluate
+from scaling.transfer.evaluate import evaluable, evaluate
 from scaling.transfer.features import TransferError, item_features, user_features
 
 COLUMNS = {
@@ -198,6 +199,58 @@ def test_the_histories_that_stored_order_cannot_tell_are_refused(
     with pytest.raises(TransferError, match=r"task 'books': history = 'all' .*garden.*'order'"):
         evaluate(run, corpus, ["books"], history="all")
     assert not (run.path / "transfer").exists()
+
+
+FORMS = """
+[tasks.alone]
+service = "books"
+negatives = 5
+history = "service"
+[tasks.first]
+form = "first"
+service = "beauty"
+negatives = 5
+[tasks.foreign]
+service = "books"
+users = "all"
+encoders = "foreign"
+negatives = 5
+[tasks.full]
+service = "books"
+negatives = 0
+[tasks.loo]
+form = "leave_one_out"
+service = "beauty"
+negatives = 5
+[tasks.books]
+"""
+
+
+def test_tasks_of_forms_that_folds_do_not_evaluate(
+    tiny_corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tiny_corpus(users=200)
+    path = root / "tiny.toml"
+    path.write_text(path.read_text().replace("[tasks.books]\n", FORMS))
+    corpus = Corpus.open(prepare(path, root))
+    assert evaluable(corpus) == ["alone", "beauty", "books", "first"]
+    config = configure(corpus)
+    run = RunDir.create(root, config, corpus.card.name)
+    model = build(config.model, config.data.vocab_size).eval()
+    monkeypatch.setattr("scaling.transfer.evaluate.load_encoder", lambda run: (model, 6))
+    for task, history, message in (
+        ("alone", "all", "stores histories of 'books' alone .*; valid: target"),
+        ("first", "target", "no history of it; valid: all"),
+        ("foreign", "target", "encoders of other corpora"),
+        ("full", "target", "form = 'last' and 0 negatives"),
+        ("loo", "target", "form = 'leave_one_out' and 5 negatives"),
+    ):
+        with pytest.raises(TransferError, match=f"task '{task}'.*{message}"):
+            evaluate(run, corpus, [task], history=history)
+    assert not (run.path / "transfer").exists()
+    rows = evaluate(run, corpus, ["first"], folds=2, history="all")
+    assert {r["system"] for r in rows} == {"clue/u-mlp", "popularity"}
+    assert sum(r["n_targets"] for r in rows) == 2 * Task.open(corpus, "first").n_users
 
 
 def test_a_diverged_encoder_is_refused_by_name(
