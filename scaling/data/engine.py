@@ -283,7 +283,15 @@ def _told() -> Iterator[None]:
         try:
             yield
         except (Py4JError, PySparkException) as e:
-            lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-            causes = [line for line in lines if line.startswith("Caused by: ")]
-            reason = (causes or lines or [type(e).__name__])[-1 if causes else 0]
-            raise CorpusError(f"engine spark: {reason:.300}; nothing was published") from None
+            raise CorpusError(f"engine spark: {_reason(e)}; nothing was published") from None
+
+
+def _reason(error: Exception) -> str:
+    """The class of what first went wrong, and what it says if it is about a file: other messages
+    quote values of logs."""
+    causes = re.findall(r"^(?:Caused by|): ([\w$.]+)(?:: (.*))?$", str(error), re.M)
+    if not causes:  # Spark's own names of errors are like PATH_NOT_FOUND
+        condition = re.match(r"\[([A-Z_.]+)\]", str(error))
+        return condition[1] if condition else type(error).__name__
+    name, said = causes[-1]
+    return f"{name}: {said:.300}" if said and name.startswith("java.io.") else str(name)

@@ -90,7 +90,10 @@ def prepare(
             f"{corpora}: {e.strerror or e} while preparing {corpus_file}; nothing was published"
         ) from e
     except duckdb.Error as e:
-        raise CorpusError(f"{corpus_file}: {e}; nothing was published") from e
+        # What it says of other errors may quote values of logs.
+        told = isinstance(e, duckdb.IOException | duckdb.OutOfMemoryException)
+        reason = str(e).partition("\n")[0] if told else f"DuckDB: {type(e).__name__}"
+        raise CorpusError(f"{corpus_file}: {reason}; nothing was published") from None
 
 
 def _engine(name: EngineName, folder: Path, memory: int | None) -> Engine:

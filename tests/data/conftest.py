@@ -1,5 +1,6 @@
 """Corpora that were changed by hand and whose manifest owns up to it."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -21,7 +22,8 @@ from tests.conftest import missing
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A Spark session on this machine, which the engine finds; two tasks a shuffle."""
-    pytest.importorskip("pyspark")
+    if importlib.util.find_spec("pyspark") is None:
+        missing("PySpark is not installed")
     if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
         missing("Spark needs Java")
     from pyspark.sql import SparkSession

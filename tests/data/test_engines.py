@@ -76,11 +76,12 @@ def test_every_step(spark, tiny_corpus, tmp_path):
         made[name] = read_manifest(path)
         listed = (path.parent / "tiny.malformed.txt").read_text().splitlines()
         n = len(changed)
-        assert [line.partition("logs.csv:")[2] for line in listed] == [
-            f"{n + 1}: no user ('who' is empty)",
-            f"{n}: not a time: text of 5 characters",
-        ] or sorted(line.partition("logs.csv:")[2] for line in listed) == sorted(
-            [f"{n + 1}: no user ('who' is empty)", f"{n}: not a time: text of 5 characters"]
+        assert (
+            sorted(line.partition("logs.csv:")[2] for line in listed)
+            == [
+                f"{n + 1}: no user ('who' is empty)",
+                f"{n}: not a time: text of 5 characters",
+            ][:: 1 if str(n + 1) < str(n) else -1]
         )
     steps = [s["step"] for s in made["spark"]["steps"]]
     assert steps == ["read", "services", "titled", "rated", "deduplicated", "active", "k_core"]
@@ -108,6 +109,6 @@ def test_an_error_of_spark_is_told(spark, tiny_corpus, monkeypatch):
         written(self, table, path)
 
     monkeypatch.setattr(Spark, "write", broken)
-    with pytest.raises(CorpusError, match="nothing was published"):
+    with pytest.raises(CorpusError, match=r"^engine spark: java.io.\w+: .*nothing was published$"):
         prepare(root / "tiny.toml", root / "other", engine="spark")
     assert [p.name for p in (root / "other" / "corpora").iterdir()] == []
