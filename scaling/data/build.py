@@ -15,6 +15,7 @@ import ibis
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from scaling.data import store, tokenizer
 from scaling.data.corpus import SPLITS, CorpusError
@@ -170,37 +171,48 @@ def _write_items(clean: CleanLogs, learnt: Any, file: CorpusFile, staged: Path) 
     bpe = tokenizer.train(_texts(engine, sample), file.tokenizer.vocab_size, file.all_services)
     (staged / "tokenizer.json").write_text(bpe.to_str(), encoding="utf-8")
     vocab_size = int(bpe.get_vocab_size())
-
     distinct = engine.store("distinct_texts", items.select("text").distinct())
-    kind = np.min_scalar_type(vocab_size - 1)
-    chunks = [(n, t.astype(kind)) for n, t in tokenizer.encode(bpe, _texts(engine, distinct))]
-    lengths = np.concatenate([n for n, _ in chunks])
-    tokens = np.concatenate([t for _, t in chunks])
-    starts = np.cumsum(lengths) - lengths
+    lengths, tokens = _encoded_texts(bpe, _texts(engine, distinct), engine.folder / "tokens.bin")
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
     numbered = distinct.mutate(number=ibis.row_number().over(order_by=distinct.text))
     joined = items.join(numbered, "text").select("item", "service", "number")
-    service, number = engine.fetch(joined, {"service": np.int64, "number": np.int64}, ("item",))
+    kinds = {"service": len(file.all_services), "number": len(lengths)}
+    types = {column: np.min_scalar_type(n) for column, n in kinds.items()}
+    service, number = engine.fetch(joined, types, ("item",))
 
     def encoded() -> Iterator[Any]:
         for at in range(0, len(number), tokenizer.CHUNK):
             texts = number[at : at + tokenizer.CHUNK]
-            ends = np.cumsum(lengths[texts] + 1)
+            sizes = lengths[texts].astype(np.int64)
+            ends = np.cumsum(sizes + 1)
             out = np.empty(ends[-1], np.int64)
-            heads = ends - lengths[texts] - 1
+            heads = ends - sizes - 1
             body = np.ones(len(out), bool)
             body[heads] = False
-            out[heads] = service[at : at + tokenizer.CHUNK] + 1
-            out[body] = tokens[spans(starts[texts], lengths[texts])]
+            out[heads] = service[at : at + tokenizer.CHUNK].astype(np.int64) + 1
+            out[body] = tokens[spans(starts[texts], sizes)]
             yield out
 
-    sizes = lengths[number] + 1
+    offsets = np.zeros(len(number) + 1, np.int64)
+    np.cumsum(lengths[number] + np.uint8(1), out=offsets[1:])
     folder = staged / "items"
-    store.write_stream(folder / "tokens.npy", int(sizes.sum()), vocab_size - 1, encoded())
-    store.write_array(
-        folder / "offsets.npy", np.concatenate([np.zeros(1, np.int64), sizes.cumsum()])
-    )
+    store.write_stream(folder / "tokens.npy", int(offsets[-1]), vocab_size - 1, encoded())
+    store.write_array(folder / "offsets.npy", offsets)
     store.write_array(folder / "service.npy", service)
     return vocab_size, len(number)
+
+
+def _encoded_texts(
+    bpe: Tokenizer, texts: Iterator[str], path: Path
+) -> tuple[NDArray[np.uint8], NDArray[Any]]:
+    """Tokens of each text, and all tokens, which lie in a scratch file. [texts], [tokens]"""
+    kind = np.min_scalar_type(bpe.get_vocab_size() - 1)
+    lengths = []
+    with open(path, "xb") as f:
+        for n, tokens in tokenizer.encode(bpe, texts):
+            lengths.append(n.astype(np.uint8))
+            f.write(tokens.astype(kind).data)
+    return np.concatenate(lengths), np.memmap(path, kind, mode="r")
 
 
 def _texts(engine: Engine, table: Any) -> Iterator[str]:

@@ -42,6 +42,11 @@ class Engine(abc.ABC):
     con: Any
     folder: Path
 
+    @property
+    @abc.abstractmethod
+    def software(self) -> dict[str, str]:
+        """``engine``: its name; and the version of what it runs on."""
+
     @abc.abstractmethod
     def store(self, name: str, table: Any) -> Any:
         """Keep the rows of an expression, in any order, as a table."""
@@ -134,6 +139,11 @@ class DuckDB(Engine):
             **limit,
         )
 
+    @property
+    def software(self) -> dict[str, str]:
+        """As the base class says."""
+        return {"engine": "duckdb", "duckdb": self.con.version}
+
     def store(self, name: str, table: Any) -> Any:
         """As the base class says."""
         return self.con.create_table(name, table)
@@ -148,7 +158,8 @@ class DuckDB(Engine):
 
     def read(self, path: Path) -> Any:
         """As the base class says."""
-        return self.con.read_parquet(path)
+        # Folders above may be called a=b, which is no column of scratch files.
+        return self.con.read_parquet(glob.escape(str(path)), hive_partitioning=False)
 
     def read_files(self, paths: Sequence[Path], row: str, file: str) -> Any:
         """As the base class says."""
@@ -199,6 +210,11 @@ class Spark(Engine):
                 self.con = ibis.pyspark.connect(self.session)
         except Exception as e:
             raise CorpusError(f"engine spark: no session: {e!s:.300}") from None
+
+    @property
+    def software(self) -> dict[str, str]:
+        """As the base class says."""
+        return {"engine": "spark", "spark": self.session.version}
 
     def store(self, name: str, table: Any) -> Any:
         """As the base class says. Written out, so that a long plan is not run again."""

@@ -9,7 +9,7 @@ import html
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ MONTH = 365.25 / 12 * 86_400
 """[s]"""
 SHARED_TEXT_ITEMS = 10
 """So many items may have one text whatever their share."""
+
+FIRST = 3
+"""Malformed rows that a message shows."""
+MOST_SERVICES = 20
+"""More values of a column are not shown."""
 
 Progress = Callable[[str, int, int], None]
 """Told the stage that begins, how many are done, and how many there are."""
@@ -169,38 +174,55 @@ def _read(
     engine: Engine, raw: Any, file: CorpusFile, where: str, malformed: Path
 ) -> tuple[dict[str, Any], list[int]]:
     """The step of reading, and the logs of each service of the corpus."""
+    malformed.unlink(missing_ok=True)
     bad = raw.problem.notnull() | raw.user.isnull() | raw.service.isnull()
-    service = ibis.ifelse(bad, ibis.null("string"), raw.service)
+    wanted = raw.service.isin(file.all_services)
+    service = ibis.cases((bad, ibis.null("string")), (wanted, raw.service), else_="")
     found = engine.rows(raw.group_by(service=service).aggregate(n=raw.count()))
     there = {row["service"]: row["n"] for row in found}
-    total, n_bad = sum(there.values()), there.pop(None, 0)
+    total, n_bad = sum(there.values()), there.get(None, 0)
     if not total:
         raise CorpusError(f"{where}: its source has no logs")
-    malformed.unlink(missing_ok=True)
     if n_bad:
         reason = raw.problem.coalesce(ibis.literal("a log without user or service"))
-        rows = raw.filter(bad).select(problem=reason)
-        with open(malformed, "w", encoding="utf-8", errors="backslashreplace") as f:
-            for (problems,) in engine.stream(rows, ("problem",), ("problem",)):
-                f.writelines(f"{p}\n" for p in problems)
-    if n_bad > file.logs.max_malformed * total:
-        with open(malformed, encoding="utf-8") as f:
-            first = "".join(f"\n  {line.rstrip()}" for line in islice(f, 3))
-        raise CorpusError(
-            f"{where}: {n_bad:,} of {total:,} rows are malformed, more than "
-            f"logs.max_malformed = {file.logs.max_malformed}:{first}\nall of them: {malformed}"
-        )
+        first = _list_malformed(engine, raw.filter(bad).select(problem=reason), malformed)
+        if n_bad > file.logs.max_malformed * total:
+            raise CorpusError(
+                f"{where}: {n_bad:,} of {total:,} rows are malformed, more than "
+                f"logs.max_malformed = {file.logs.max_malformed}:"
+                + "".join(f"\n  {line}" for line in first)
+                + f"\nall of them: {malformed}"
+            )
     for name in file.all_services:
         if name not in there:
-            listed = ", ".join(sorted(there)[:10]) + (", ..." if len(there) > 10 else "")
             raise CorpusError(
-                f"{where}: no log of service {name!r} in the source; "
-                f"services there: {listed or 'none'}"
+                f"{where}: no log of service {name!r} in the source; services there: "
+                + _services_there(engine, raw.filter(~bad))
             )
     return (
         {"step": "read", "logs": total, "malformed": n_bad},
         [there[name] for name in file.all_services],
     )
+
+
+def _list_malformed(engine: Engine, rows: Any, malformed: Path) -> list[str]:
+    """Write the list of malformed rows; its first lines."""
+    first: list[str] = []
+    part = engine.folder / "malformed.txt"  # others may be writing theirs
+    with open(part, "w", encoding="utf-8", errors="backslashreplace") as f:
+        for (problems,) in engine.stream(rows, ("problem",), ("problem",)):
+            f.writelines(f"{p}\n" for p in problems)
+            first += problems[: FIRST - len(first)].tolist()
+    part.replace(malformed)
+    return first
+
+
+def _services_there(engine: Engine, logs: Any) -> str:
+    """Services that logs have. A column with many values holds something else, users maybe."""
+    services = logs.select("service").distinct()
+    if (n := engine.value(services.count())) > MOST_SERVICES:
+        return f"{n:,}, too many for services; is it the right column?"
+    return ", ".join(sorted(row["service"] for row in engine.rows(services))) or "none"
 
 
 def _numbered_users(engine: Engine, logs: Any, file: CorpusFile) -> Any:
@@ -341,6 +363,6 @@ def _renumbered(engine: Engine, logs: Any, items: Any) -> tuple[Any, Any]:
         numbered = kept.mutate(number=ibis.row_number().over(order_by=_.item))
         numbered = engine.store("kept_items", numbered)
         logs = logs.join(numbered.select("item", "number"), "item").drop("item")
-        logs = logs.rename(item="number")
+        logs = engine.store("numbered_logs", logs.rename(item="number"))
         items = numbered.drop("item").rename(item="number")
     return logs, items.rename(service="index")

@@ -9,10 +9,14 @@ import os
 import shlex
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import ibis
+import numpy
+import pyarrow
 import tokenizers
 
 from scaling import __version__
@@ -31,7 +35,7 @@ from scaling.data.corpus import (
 from scaling.data.engine import DuckDB, Engine, EngineName, Spark
 from scaling.data.logs import Progress
 from scaling.data.recipe import CorpusFile, read_corpus_file
-from scaling.data.scratch import scratch_folder
+from scaling.data.scratch import locked, scratch_folder
 from scaling.data.sources import source_files
 from scaling.files import publish, sha256, write_json
 
@@ -55,8 +59,7 @@ def prepare(
     Args:
         root: the corpus is published below ``root/corpora``.
         engine: where the relational part runs; the corpus is the same.
-        memory: that DuckDB may use [bytes]; None: 2 GiB for each core, at most half of the
-            machine's.
+        memory: that DuckDB may use [bytes]; None: ``memory_of_database``.
         progress: told of each stage as it begins.
 
     Returns:
@@ -83,8 +86,10 @@ def prepare(
             malformed = corpora / f"{file.name}.malformed.txt"
             with contextlib.closing(_engine(engine, scratch, memory)) as opened:
                 built = build(opened, file, corpus_file, staged, malformed, report)
-            manifest = {**_manifest(file, staged, built), "sources": sources}
-            return _publish(staged, corpora / f"{file.name}-{manifest['digest']}", manifest)
+                software = opened.software
+            manifest = {**_manifest(file, staged, built, software), "sources": sources}
+            with locked(corpora):
+                return _publish(staged, corpora / f"{file.name}-{manifest['digest']}", manifest)
     except OSError as e:
         raise CorpusError(
             f"{corpora}: {e.strerror or e} while preparing {corpus_file}; nothing was published"
@@ -98,15 +103,36 @@ def prepare(
 
 def _engine(name: EngineName, folder: Path, memory: int | None) -> Engine:
     if name == "spark":
+        if memory is not None:
+            raise CorpusError("memory is of engine duckdb; Spark's is in its own configuration")
         return Spark(folder)
     return DuckDB(folder, memory_of_database() if memory is None else memory)
 
 
 def memory_of_database() -> int:
     """What the database may use where nobody says it [bytes]: 2 GiB for each core of this process,
-    at most half of the machine's."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(len(os.sched_getaffinity(0)) * MEMORY_OF_CORE, machine // 2)
+    at most half of what the machine has or the process's control group (a Slurm job, a container)
+    may use."""
+    machine: int = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = len(os.sched_getaffinity(0))
+    return min(cores * MEMORY_OF_CORE, min([machine, *_limits_of_groups()]) // 2)
+
+
+def _limits_of_groups() -> Iterator[int]:
+    """Memory limits of the control groups (versions 1 and 2) that this process is in. [bytes]"""
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, name = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = Path("/sys/fs/cgroup") / ("memory" if controllers else "")
+        group = top / name.lstrip("/")
+        for folder in (group, *group.parents):
+            for limit in ("memory.max", "memory.limit_in_bytes"):
+                with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+                    yield int((folder / limit).read_text())
+            if folder == top:
+                break
 
 
 def find_prepared(root: Path, corpus_file: Path) -> Corpus | None:
@@ -178,7 +204,9 @@ def _has_tasks(manifest: dict[str, Any], file: CorpusFile) -> bool:
     return all(manifest["task_recipes"].get(task) == file.task_recipe(task) for task in file.tasks)
 
 
-def _manifest(file: CorpusFile, staged: Path, built: Built) -> dict[str, Any]:
+def _manifest(
+    file: CorpusFile, staged: Path, built: Built, software: dict[str, str]
+) -> dict[str, Any]:
     manifest: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "name": file.name,
@@ -196,8 +224,8 @@ def _manifest(file: CorpusFile, staged: Path, built: Built) -> dict[str, Any]:
         },
         "software": {
             "clue-scaling": __version__,
-            "duckdb": duckdb.__version__,
-            "tokenizers": tokenizers.__version__,
+            **software,
+            **{m.__name__: m.__version__ for m in (ibis, numpy, pyarrow, tokenizers)},
         },
     }
     digest = content_digest(manifest)
@@ -219,7 +247,6 @@ def _publish(staged: Path, final: Path, manifest: dict[str, Any]) -> Path:
     if not final.exists():
         write_json(staged / "manifest.json", manifest)
         publish(staged, final)
-        return final
     there = read_manifest(final)
     for task, digest in manifest["tasks"].items():
         if there["tasks"].get(task, digest) != digest:
@@ -236,6 +263,8 @@ def _publish(staged: Path, final: Path, manifest: dict[str, Any]) -> Path:
             shutil.rmtree(final / "tasks" / task)
         publish(staged / "tasks" / task, final / "tasks" / task)
     made = ("recipe", "corpus_file", "sources", "steps", "times", "software")
+    if there == manifest:
+        return final
     merged = {
         **there,
         **{k: manifest[k] for k in made},

@@ -1,7 +1,8 @@
-"""The scratch folder of a preparation, and clearing away those of preparations that were killed."""
+"""What preparations that run at the same time share: a folder for scratch folders, and a lock."""
 
 import contextlib
 import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,3 +34,15 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
             # Only now under its name: nobody ever finds a lock that is not held yet.
             Path(f.name).rename(Path(folder) / LOCK)
         yield Path(folder)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder against others that want it so, where its file system has locks."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

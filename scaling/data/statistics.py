@@ -54,7 +54,7 @@ def summary(corpus: Corpus) -> dict[str, Any]:
         "tokens_per_item": describe(per_item),
         "tasks": m["tasks"],
         "steps": m["steps"],
-        "times": m.get("times", {}),  # corpora of releases before 0.2 have none
+        "times": m.get("times", {}),  # the first corpora had none
     }
 
 
