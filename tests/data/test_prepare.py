@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from scaling.config import ConfigError
 from scaling.data.build import split_users
 from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.logs import clean_text
-from scaling.data.prepare import find_prepared, prepare, read_card
+from scaling.data.prepare import find_prepared, memory_of_database, prepare, read_card
 from scaling.data.recipe import Users, read_corpus_file
 from scaling.data.scratch import scratch_folder
 from scaling.data.tasks import Task
@@ -330,6 +331,64 @@ def test_a_rate_needs_times(tiny_corpus):
         CorpusError, match=r"logs.min_per_month = 0.5, but [\d,]+ logs have no time"
     ):
         prepare(root / "tiny.toml", root)
+
+
+@pytest.mark.parametrize("name", ["uid=1", "user=bob", "it's [50 %] *ü"])
+def test_the_root_folder_does_not_matter(tiny_corpus, name):
+    root = tiny_corpus()
+    expected = find_prepared(root, root / "tiny.toml").path.name
+    assert prepare(root / "tiny.toml", root / name).name == expected
+
+
+@pytest.mark.slow
+def test_two_at_once_lose_no_task(tiny_corpus):
+    """Corpora of the same content with different tasks, prepared at the same time."""
+    root = tiny_corpus()
+    text, both = (root / "tiny.toml").read_text(), root / "both"
+    program = "import sys; from pathlib import Path; from scaling.data.prepare import prepare; "
+    program += "print(prepare(*map(Path, sys.argv[1:])))"
+    running = []
+    for name in "abcd":
+        (root / name).mkdir()
+        (root / name / "tiny.toml").write_text(text.replace("tasks.books]", f"tasks.{name}]"))
+        shutil.copy(root / "logs.csv", root / name)
+        arguments = [sys.executable, "-c", program, str(root / name / "tiny.toml"), str(both)]
+        running.append(subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True))
+    said = {process.communicate()[0].strip() for process in running}
+    assert [process.returncode for process in running] == [0] * 4
+    (path,) = said
+    corpus = Corpus.open(Path(path))
+    assert set(corpus.manifest["tasks"]) == {*"abcd", "beauty"}
+    corpus.verify()
+    assert left(both) == [corpus.path.name]
+
+
+def test_a_column_that_is_no_service(tiny_corpus):
+    """Its values may be people: they are counted, not shown."""
+    root = tiny_corpus()
+    edited(root, 'service = "where"', 'service = "who"')
+    with pytest.raises(CorpusError) as e:
+        prepare(root / "tiny.toml", root)
+    assert "services there: 64, too many for services; is it the right column?" in str(e.value)
+    assert "u1" not in str(e.value)
+
+
+def test_memory_of_the_database(monkeypatch, tmp_path):
+    """Two GiB a core, at most half of what machine and control groups allow."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr("scaling.data.prepare._limits_of_groups", lambda: iter([]))
+    assert memory_of_database() == min(64 * 2**31, machine // 2)
+    monkeypatch.setattr("scaling.data.prepare._limits_of_groups", lambda: iter([6 * 2**30, 2**62]))
+    assert memory_of_database() == 3 * 2**30
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    assert memory_of_database() == 2**31
+
+
+def test_memory_is_no_key_of_spark(tiny_corpus):
+    root = tiny_corpus()
+    with pytest.raises(CorpusError, match="Spark's is in its own configuration"):
+        prepare(root / "tiny.toml", root / "other", engine="spark", memory=10**9)
 
 
 def test_periods(tiny_corpus):
