@@ -97,7 +97,7 @@ def ours(folder: Path, root: Path, engine: str) -> None:
         folder / "corpus.toml",
         root,
         engine="spark" if engine == "spark" else "duckdb",
-        progress=lambda stage, done, total: began.append((stage, time.perf_counter())),
+        progress=lambda done, total, stage: began.append((stage, time.perf_counter())),
     )
     end = time.perf_counter()
     ends = [t for _, t in began[1:]] + [end]

@@ -81,7 +81,7 @@ def run(
             raise DemoError(f"{path}: no such file; run the demo from the root of a clone")
     grid = Grid.read(sweep)
     with _stage(console, "logs, corpus") as show:
-        folder = prepare(grid.corpus, root, progress=lambda name, i, n: show(i, n, name))
+        folder = prepare(grid.corpus, root, progress=show)
     corpus = Corpus.open(folder)
     planned = grid.runs(corpus.card)
     out = root / "results" / grid.name

@@ -71,7 +71,7 @@ def prepare(
             root,
             engine=engine.value,
             memory=limit,
-            progress=lambda stage, done, total: update(done, total, stage),
+            progress=update,
         )
     if as_json:
         from scaling.data.corpus import read_manifest

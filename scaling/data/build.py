@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from scaling.data import store, tokenizer
-from scaling.data.corpus import SPLITS, CorpusError
+from scaling.data.corpus import SPLITS, CorpusError, Progress
 from scaling.data.engine import Engine
-from scaling.data.logs import CleanLogs, Progress, clean_logs
+from scaling.data.logs import CleanLogs, clean_logs
 from scaling.data.recipe import CorpusFile, Users
 from scaling.data.task_build import write_task
 from scaling.packing import spans
@@ -62,7 +62,7 @@ def build(
     stage = iter(range(len(STAGES)))
 
     def begin(name: str) -> None:
-        report(name, next(stage), len(STAGES))
+        report(next(stage), len(STAGES), name)
 
     begin("logs")
     clean = clean_logs(engine, file, corpus_file.parent, str(corpus_file), malformed)

@@ -36,7 +36,7 @@ INT32_MAX = 2**31 - 1
 BLOCK = 1 << 22
 """Entries of an array looked at together: no array of behaviours is ever whole in memory."""
 
-Reading = Callable[[int, int, str], None]
+Progress = Callable[[int, int, str], None]
 """Told how much is read, of how much, and what: (done, total, name)."""
 
 
@@ -229,7 +229,7 @@ class Corpus:
             )
         return np.flatnonzero(self.item_service == self.services.index(service))
 
-    def verify(self, progress: Reading | None = None) -> None:
+    def verify(self, progress: Progress | None = None) -> None:
         """Re-read everything (``scaling/data/verify.py``).
 
         Args:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling.data import tokenizer
-from scaling.data.corpus import Corpus, Reading
+from scaling.data.corpus import Corpus, Progress
 from scaling.data.statistics import Texts, count_items, item_counts, text_tokens, token_counts
 from scaling.data.tasks import Task
 
@@ -47,7 +47,7 @@ class Domain:
     """Occurrences of every token of the first corpus's vocabulary. [vocabulary]"""
 
 
-def compare(corpora: Sequence[Corpus], progress: Reading | None = None) -> dict[str, Any]:
+def compare(corpora: Sequence[Corpus], progress: Progress | None = None) -> dict[str, Any]:
     """Tau-b between all domains of some corpora.
 
     Args:

@@ -7,7 +7,7 @@ manifest. Of what is not relational only distinct texts leave the engine.
 
 import html
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -31,9 +31,6 @@ FIRST = 3
 """Malformed rows that a message shows."""
 MOST_SERVICES = 20
 """More values of a column are not shown."""
-
-Progress = Callable[[str, int, int], None]
-"""Told the stage that begins, how many are done, and how many there are."""
 
 
 @dataclass

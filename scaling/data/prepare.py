@@ -27,13 +27,13 @@ from scaling.data.corpus import (
     SCHEMA_VERSION,
     Corpus,
     CorpusError,
+    Progress,
     content_digest,
     folders,
     read_manifest,
     task_digest,
 )
 from scaling.data.engine import DuckDB, Engine, EngineName, Spark
-from scaling.data.logs import Progress
 from scaling.data.recipe import CorpusFile, read_corpus_file
 from scaling.data.scratch import locked, scratch_folder
 from scaling.data.sources import source_files
@@ -77,7 +77,7 @@ def prepare(
     for path, manifest in _same_recipe(root, file):
         if manifest["sources"] == sources and _has_tasks(manifest, file):
             return path
-    report = progress or (lambda stage, done, total: None)
+    report = progress or (lambda done, total, stage: None)
     corpora = Path(root) / "corpora"
     try:
         corpora.mkdir(parents=True, exist_ok=True)

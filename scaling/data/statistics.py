@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling.config import MAX_ITEMS, MAX_TOKENS
-from scaling.data.corpus import BLOCK, SPLITS, Corpus, Reading, blocks
+from scaling.data.corpus import BLOCK, SPLITS, Corpus, Progress, blocks
 from scaling.data.tasks import Task
 from scaling.packing import spans
 
@@ -92,7 +92,7 @@ def survey(
     corpus: Corpus,
     batch_size: int = 256,
     items_per_user: int = 128,
-    progress: Reading | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """What only reading the logs tells.
 

@@ -18,7 +18,7 @@ from scaling.data.corpus import (
     BLOCK,
     SPLITS,
     Corpus,
-    Reading,
+    Progress,
     blocks,
     content_digest,
     refuse,
@@ -31,7 +31,7 @@ LARGE = 1 << 26
 """Size of a file that takes so long to read that people are told. [bytes]"""
 
 
-def verify(corpus: Corpus, progress: Reading) -> None:
+def verify(corpus: Corpus, progress: Progress) -> None:
     """Re-read everything: digests, structure, the card, and every task for leaks.
 
     Args:
@@ -49,7 +49,7 @@ def verify(corpus: Corpus, progress: Reading) -> None:
     refuse(_task_faults(corpus))
 
 
-def _digest_faults(corpus: Corpus, progress: Reading) -> Iterator[str]:
+def _digest_faults(corpus: Corpus, progress: Progress) -> Iterator[str]:
     files = corpus.manifest["files"]
     done, total = 0, sum(r["bytes"] for r in files.values())
     for name, record in files.items():

@@ -460,7 +460,7 @@ def test_a_killed_preparation_is_cleared_away_by_the_next(tiny_corpus):
         import os, signal, sys
         from pathlib import Path
         from scaling.data.prepare import prepare
-        def kill(stage, done, total):
+        def kill(done, total, stage):
             if stage == "items":
                 os.kill(os.getpid(), signal.SIGKILL)
         prepare(Path(sys.argv[1]) / "tiny.toml", Path(sys.argv[1]), progress=kill)

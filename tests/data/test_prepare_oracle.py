@@ -189,7 +189,7 @@ def test_equals_the_plain_program(tmp_path_factory, rows, **choices):
     tasks = {"c": None, "a": down} if choices["downstream"] else {"c": None}
     if any(impossible(s, users, history, by_service) for s, users in tasks.items()):
         event("an impossible task")
-        with pytest.raises(CorpusError, match="task '[ac]'"):
+        with pytest.raises(CorpusError, match=r"task '[ac]'"):
             prepare(path, folder)
         assert not list((folder / "corpora").iterdir())
         return
