@@ -30,7 +30,7 @@ import numpy as np
 from scaling.data import tokenizer
 from scaling.data.corpus import Corpus
 from scaling.data.engine import DuckDB
-from scaling.data.prepare import memory_of_database, prepare
+from scaling.data.prepare import MEMORY_OF_CORE, memory_of_database, prepare
 
 PAPER = 5_313_992_425
 """Behaviours of the paper's corpus (Shin et al. 2023, Section 4.1)."""
@@ -38,6 +38,8 @@ BEHAVIOURS_PER_USER = 470  # 5,313,992,425 of 11,294,122 users
 BEHAVIOURS_PER_ITEM = 50  # ours: the paper gives no number of items
 WORDS = 60_000
 CORES = 64
+BYTES_PER_ITEM, BYTES_PER_USER = 25, 80
+"""Held by numpy beside the database: places of texts and tokens; hashes, counts and splits."""
 
 CORPUS = """
 name = "bench"
@@ -236,7 +238,12 @@ def project(behaviours: int, measured: dict[str, Any]) -> dict[str, float]:
         "cpu_hours": measured["cpu_s"] * growth / 3600,
         "hours": measured["cpu_s"] * growth / 3600 / (CORES / 2),
         "scratch_tb": measured["disk_gb"] * PAPER / behaviours / 1e3,
-        "memory_gb": CORES * 2.147,
+        "memory_gb": (
+            CORES * MEMORY_OF_CORE
+            + PAPER / BEHAVIOURS_PER_ITEM * BYTES_PER_ITEM
+            + PAPER / BEHAVIOURS_PER_USER * BYTES_PER_USER
+        )
+        / 1e9,
     }
 
 
