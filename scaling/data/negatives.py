@@ -1,13 +1,14 @@
 """Negatives of a task: items that a target is ranked with, drawn once and stored.
 
-Both draws are in whole numbers out of a keyed permutation (``permutation.py``): the same on every
-machine and engine, and a user's do not depend on who else is there.
+Both draws are in whole numbers out of keyed permutations (``permutation.py``): the same on every
+machine and engine, and a user's do not depend on who else is there. Memory is that of some hundred
+bytes a negative, so the users come in blocks (``tasks.user_blocks``).
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scaling.data.corpus import BLOCK, CorpusError
+from scaling.data.corpus import CorpusError
 from scaling.data.permutation import key_of, permute
 from scaling.data.task_config import TaskConfig
 
@@ -49,24 +50,26 @@ def draw_negatives(
             f"{free.min()} of the {able.sum()} items of {config.service!r}{among}"
         )
     salt = np.uint64(key_of("negatives", name, *([] if weights is None else ["popularity"])))
-    target = np.arange(config.targets, dtype=np.uint64)
+    draws = 1 if weights is None else config.negatives  # keys of a target
+    number = np.arange(config.targets * draws, dtype=np.uint64).reshape(-1, draws)
     with np.errstate(over="ignore"):
-        key = (keys[:, None] ^ salt) + target * np.uint64(0xD1342543DE82EF95)
+        key = (keys[:, None, None] ^ salt) + number * np.uint64(0xD1342543DE82EF95)
     if weights is None:
         drawn = _uniform(touched, free, key, width, config.negatives)
     else:
-        drawn = _by_weight(touched, key, weights, config.negatives)
+        drawn = _by_weight(touched, key, weights)
     result: Ints = candidates[drawn]
     return result
 
 
 def _uniform(touched: Ints, free: Ints, key: NDArray[np.uint64], width: int, count: int) -> Ints:
-    """Places of candidates: the r-th untouched ones, r the first values of a permutation.
+    """Places of candidates: the r-th untouched ones, r the first values of a permutation, whose key
+    is that of the target. [users, targets, 1]
 
     They are found from the touched ones alone. Of these the i-th, at place p, has p - i untouched
     places before it; the r-th untouched place is r + (number of touched ones with p - i <= r).
     """
-    rank = permute(np.arange(count), free[:, None, None], key[:, :, None])
+    rank = permute(np.arange(count), free[:, None, None], key)
     row, place = np.divmod(touched, width)
     counts = np.bincount(row, minlength=len(key))
     starts = np.cumsum(counts) - counts
@@ -78,46 +81,38 @@ def _uniform(touched: Ints, free: Ints, key: NDArray[np.uint64], width: int, cou
     return drawn
 
 
-def _by_weight(touched: Ints, key: NDArray[np.uint64], weights: Ints, count: int) -> Ints:
+def _by_weight(touched: Ints, key: NDArray[np.uint64], weights: Ints) -> Ints:
     """Places of candidates, each drawn in proportion to its weight among those that are left.
 
-    A candidate has as many tickets as its weight; tickets come in the order of a permutation, and
-    one of a candidate that the user touched, or that is drawn already, is passed over. That is
-    successive sampling, exactly.
+    A candidate has as many tickets as its weight, in a row. Each draw is a number below the tickets
+    left; its ticket is found by adding those of the candidates gone that lie before it: of the
+    touched ones by one search, as in ``_uniform``, of those drawn by looking at each. That is
+    successive sampling, exactly, and neither time nor memory depend on the weights.
+
+    Args:
+        key: of every draw. [users, targets, draws]
     """
+    n_users, n_targets, count = key.shape
+    user, key = np.repeat(np.arange(n_users), n_targets), key.reshape(-1, count).T
     ends = np.cumsum(weights)
-    total = int(ends[-1])
-    rows, user = key.reshape(-1), np.repeat(np.arange(len(key)), key.shape[1])
-    drawn = np.zeros((len(rows), count), np.int64)
-    pending, tickets = np.arange(len(rows)), min(2 * count, total)
-    while len(pending):
-        undone = []
-        for part in np.array_split(pending, 1 + len(pending) * tickets // BLOCK):
-            ticket = permute(np.arange(tickets), total, rows[part, None])
-            place = np.searchsorted(ends, ticket, side="right")
-            valid = _first(place) & ~_among(touched, user[part, None] * len(weights) + place)
-            full = valid.sum(axis=1) >= count
-            taken = valid & (np.cumsum(valid, axis=1) <= count)
-            drawn[part[full]] = place[full][taken[full]].reshape(-1, count)
-            undone.append(part[~full])
-        pending, tickets = np.concatenate(undone), min(2 * tickets, total)
-    return drawn.reshape(*key.shape, count)
-
-
-def _first(values: Ints) -> NDArray[np.bool_]:
-    """Whether each entry is the first of its value in its row. [rows, entries]"""
-    order = np.argsort(values, axis=1, kind="stable")
-    ordered = np.take_along_axis(values, order, axis=1)
-    first = np.ones(values.shape, bool)
-    np.put_along_axis(first, order[:, 1:], ordered[:, 1:] != ordered[:, :-1], axis=1)
-    return first
-
-
-def _among(ordered: Ints, values: Ints) -> NDArray[np.bool_]:
-    """Whether each value is one of the ordered ones."""
-    if not len(ordered):
-        return np.zeros(values.shape, bool)
-    found: NDArray[np.bool_] = (
-        ordered[np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)] == values
-    )
-    return found
+    starts, total = ends - weights, int(ends[-1])
+    row, place = np.divmod(touched, len(weights))
+    gone = np.concatenate([np.zeros(1, np.int64), np.cumsum(weights[place])])
+    before = gone[np.searchsorted(row, np.arange(n_users + 1))]
+    # One search over all users: offset by row.
+    gaps = starts[place] - (gone[:-1] - before[row]) + row * (total + 1)
+    left = (total - np.diff(before))[user]
+    drawn = np.zeros((count, len(user)), np.int64)
+    # Of each candidate drawn: the tickets left before it, and its own. [draws, rows]
+    ahead, own = np.zeros_like(drawn), np.zeros_like(drawn)
+    for i in range(count):
+        ticket = permute(0, left, key[i])
+        passed = ahead[:i] <= ticket
+        by_draws = np.where(passed, own[:i], 0).sum(axis=0)
+        at = np.searchsorted(gaps, ticket + by_draws + user * (total + 1), side="right")
+        shift = by_draws + gone[at] - before[user]
+        drawn[i] = np.searchsorted(ends, ticket + shift, side="right")
+        ahead[i], own[i] = starts[drawn[i]] - shift, weights[drawn[i]]
+        ahead[:i] -= np.where(passed, 0, own[i])
+        left -= own[i]
+    return drawn.T.reshape(n_users, n_targets, count)

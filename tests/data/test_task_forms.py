@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import random
 import tomllib
+import tracemalloc
 from collections import Counter, defaultdict
 from dataclasses import replace
 from fractions import Fraction
@@ -78,15 +79,16 @@ def plain(
     ]
 
 
-def plain_tickets(weights: list[int], touched: set[int], key: int, count: int) -> list[int]:
-    owner = [place for place, w in enumerate(weights) for _ in range(w)]
+def plain_tickets(
+    weights: list[int], touched: set[int], key: int, target: int, count: int
+) -> list[int]:
+    """A ticket for each log of what is left, one of them drawn, and again without what it drew."""
     drawn: list[int] = []
-    for ticket in range(len(owner)):
-        place = owner[int(permute(ticket, len(owner), np.uint64(key)))]
-        if place not in touched and place not in drawn:
-            drawn.append(place)
-        if len(drawn) == count:
-            break
+    for i in range(count):
+        gone = touched | set(drawn)
+        tickets = [p for p, w in enumerate(weights) for _ in range(w) if p not in gone]
+        stream = (key + (target * count + i) * 0xD1342543DE82EF95) % 2**64
+        drawn.append(tickets[int(permute(0, len(tickets), np.uint64(stream)))])
     return drawn
 
 
@@ -296,8 +298,7 @@ def test_popular_negatives_are_those_of_the_plain_program(
     assert drawn.shape == (len(touched), 2, count)
     for u, items in enumerate(touched):
         for t in range(2):
-            key = ((int(keys[u]) ^ salt) + t * 0xD1342543DE82EF95) % 2**64
-            expected = plain_tickets(weights, items, key, count)
+            expected = plain_tickets(weights, items, int(keys[u]) ^ salt, t, count)
             assert drawn[u, t].tolist() == [int(candidates[i]) for i in expected]
 
 
@@ -320,6 +321,23 @@ def test_popular_negatives_are_drawn_in_proportion() -> None:
     assert found.keys() == exact.keys()
     chi2 = sum((found[p] - n * float(q)) ** 2 / (n * float(q)) for p, q in exact.items())
     assert chi2 < 11 + 5 * np.sqrt(22), found
+
+
+def test_the_cost_of_popular_negatives_is_that_of_draws_not_of_logs() -> None:
+    """One item of 10^12 logs among a hundred with one: it is drawn first, then the others."""
+    weights = np.ones(102, np.int64)
+    weights[7] = 10**12
+    user, item = np.zeros(1, np.int64), np.full(1, 3)
+    config = task_config(targets=1, negatives=101, negatives_from="popularity")
+    tracemalloc.start()
+    drawn = draw_negatives(
+        "t", config, user, item, np.ones(1, np.uint64), np.arange(102), weights
+    )  # fmt: skip
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert drawn[0, 0, 0] == 7
+    assert sorted(drawn[0, 0].tolist()) == [i for i in range(102) if i != 3]
+    assert peak < 1 << 20
 
 
 # --- the table of the corpus file ------------------------------------------------------------
@@ -643,10 +661,7 @@ def check_popular(
     for u, key in enumerate(task.keys.tolist()):
         places = {candidates.index(i) for i in expected[key][3]}
         for t in range(task.targets.shape[1]):
-            drawn = plain_tickets(
-                weights, places, ((key ^ salt) + t * 0xD1342543DE82EF95) % 2**64,
-                task.negatives.shape[2],
-            )  # fmt: skip
+            drawn = plain_tickets(weights, places, key ^ salt, t, task.negatives.shape[2])
             assert task.negatives[u, t].tolist() == [candidates[i] for i in drawn]
 
 
