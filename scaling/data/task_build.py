@@ -1,10 +1,12 @@
 """Making a task from clean logs, and writing it into the folder of a corpus.
 
 Only logs of the task's users leave the engine, in a total order, so both engines give the same
-bytes.
+bytes. They come in blocks of whole users: what is in memory is a block, and some numbers of every
+user.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from numpy.typing import NDArray
 
 from scaling.data import store
 from scaling.data.corpus import CorpusError, load_array
+from scaling.data.engine import Engine
 from scaling.data.logs import MONTH, CleanLogs
 from scaling.data.negatives import draw_negatives
 from scaling.data.recipe import CorpusFile
@@ -25,15 +28,16 @@ from scaling.data.task_forms import (
     TaskLogs,
     bounds,
     choose,
+    cut_of,
     refuse_leaks,
     segment,
 )
-from scaling.data.tasks import GROUPS, SCHEMA_VERSION, Task
+from scaling.data.tasks import GROUPS, SCHEMA_VERSION, Task, user_blocks
 from scaling.files import write_json
 from scaling.packing import spans
 
 Ints = NDArray[np.int64]
-COLUMNS = dict.fromkeys(("uid", "service", "item", "time", "position"), np.int64)
+COLUMNS = ("uid", "service", "item", "time", "position")
 
 
 def write_task(
@@ -63,73 +67,144 @@ def write_task(
     services = [service, *map(file.all_services.index, others)]
     logs = clean.logs.filter(clean.logs.service.isin(services))
     if config.users == "downstream":
-        logs = logs.semi_join(_users(clean, f"users_{name}", uids[splits["downstream"]]), "uid")
-    everyone, logs = logs, logs.semi_join(_able(logs, config, service), "uid")
+        users = _users(clean, f"task_{name}_users", uids[splits["downstream"]])
+        logs = logs.semi_join(users, "uid")
+    able = engine.store(f"task_{name}_able", _able(logs, config, service))
+    everyone, logs = logs, logs.semi_join(able, "uid")
     # A user whose first log has no time is able to nothing; the reason is told of everyone.
     timed = _timed(clean, everyone if config.form == "first" else logs, name, file)
-    order = ("uid", *(() if config.cut == "order" else ("time",)), "position", "item")
-    logs = logs.mutate(time=logs.time.fill_null(0))
-    uid, service_of, item, time, position = engine.fetch(logs, COLUMNS, order)
-    rows, user = np.unique(uid, return_inverse=True)
-    task_logs = TaskLogs(user, service_of, item, time, position, timed)
-    if not len(rows):
+    cut = cut_of(name, config, timed, lambda: not engine.value((logs.time % DAY != 0).any()))
+    if cut == "order":
+        services, logs = [service], logs.filter(logs.service == service)
+    (candidates,) = engine.fetch(
+        clean.items.filter(clean.items.service == service), {"item": np.int64}, ("item",)
+    )
+    item_service = load_array(folder.parents[1] / "items/service.npy")
+    columns: defaultdict[str, list[NDArray[Any]]] = defaultdict(list)
+    touched, *stored = (
+        store.Spool(engine.folder / f"task_{name}_{part}", len(item_service))
+        for part in ("touched", *services)
+    )
+    seen = np.zeros(len(candidates), np.int64)  # logs in histories before the first target
+    for uid, *logged in _blocks(clean, logs, cut):
+        rows, user = np.unique(uid, return_inverse=True)
+        task_logs = TaskLogs(user, *logged)
+        task_keys = keys[np.searchsorted(uids, rows)]
+        chosen = choose(
+            name, config, cut, task_logs, task_keys, service, services, file.users.max_logs
+        )
+        refuse_leaks(name, cut, task_logs, chosen)
+        own = task_logs.service == service
+        touched.append(task_logs.item[own])
+        for spool, (_lengths, kept) in zip(stored, chosen.history.values(), strict=True):
+            spool.append(task_logs.item[kept])
+        if config.negatives_from == "popularity" and config.users == "all":
+            before = np.searchsorted(candidates, task_logs.item[_before(chosen, service)])
+            seen += np.bincount(before, minlength=len(candidates))
+        of_users = {
+            "uids": rows,
+            "keys": task_keys,
+            "targets": task_logs.item[chosen.targets],
+            "touched": np.bincount(user[own], minlength=len(rows)),
+            "bounds": bounds(cut, task_logs, chosen),
+            **{f"lengths/{s}": lengths for s, (lengths, _rows) in chosen.history.items()},
+            **{f"ends/{s}": ends for s, ends in chosen.ends.items()},
+        }
+        for column, values in of_users.items():
+            columns[column].append(values)
+    if not columns:
         raise CorpusError(
             f"task {name!r}: no user has the {config.targets} targets and {config.min_history} "
             f"other logs that it asks for (service = {config.service!r}, form = {config.form!r})"
         )
-    task_keys = keys[np.searchsorted(uids, rows)]
-    (candidates,) = engine.fetch(
-        clean.items.filter(clean.items.service == service), {"item": np.int64}, ("item",)
-    )
-    chosen = choose(name, config, task_logs, task_keys, service, services, file.users.max_logs)
-    refuse_leaks(name, config, task_logs, chosen)
+    users = {column: np.concatenate(columns.pop(column)) for column in list(columns)}
     for array, values in {
-        "keys": task_keys,
-        "group": task_keys % np.uint64(GROUPS),
-        "targets": task_logs.item[chosen.targets],
+        "keys": users["keys"],
+        "group": users["keys"] % np.uint64(GROUPS),
+        "targets": users["targets"],
         "candidates": candidates,
     }.items():
         store.write_array(folder / f"{array}.npy", values)
-    for s, (lengths, kept) in chosen.history.items():
+    for s, spool in zip(services, stored, strict=True):
         history = folder / "history" / file.all_services[s]
-        store.write_ragged(history, lengths, task_logs.item[kept])
-        if chosen.ends:
-            store.write_array(history / "ends.npy", chosen.ends[s])
+        offsets = np.concatenate([np.zeros(1, np.int64), users[f"lengths/{s}"].cumsum()])
+        store.write_array(history / "offsets.npy", offsets)
+        spool.save(history / "items.npy")
+        if config.form == "leave_one_out":
+            store.write_array(history / "ends.npy", users[f"ends/{s}"])
     if config.negatives:
-        own = task_logs.service == service
-        weights = None
-        if config.negatives_from == "popularity":
-            pretraining = uids[splits["pretraining"]]
-            if config.users == "all":
-                item, n = _logs_before(task_logs, chosen, service)
-            else:
-                item, n = _logs_of(clean, _users(clean, f"counted_{name}", pretraining), service)
-            weights = np.zeros(len(candidates), np.int64)
-            weights[np.searchsorted(candidates, item)] = n
-        drawn = draw_negatives(
-            name, config, task_logs.user[own], task_logs.item[own], task_keys, candidates, weights
+        if config.negatives_from == "uniform":
+            weights = None
+        elif config.users == "all":
+            weights = seen
+        else:
+            weights = _logs_of(clean, name, uids[splits["pretraining"]], service, candidates)
+        _write_negatives(
+            engine, name, config, users, touched, candidates, weights, folder / "negatives.npy"
         )
-        store.write_array(folder / "negatives.npy", drawn)
     if config.segments:
-        before, recent = _behaviours(clean, name, file, rows, bounds(chosen, task_logs))
-        store.write_array(folder / "segment.npy", segment(before, recent, task_keys))
+        before, recent = _behaviours(clean, name, file, users["uids"], users["bounds"])
+        store.write_array(folder / "segment.npy", segment(before, recent, users["keys"]))
     record = {
         "schema_version": SCHEMA_VERSION,
         "name": name,
-        "services": [file.all_services[s] for s in chosen.history],
+        "services": [file.all_services[s] for s in services],
         **config.record,
-        "cut": chosen.cut,
-        "n_users": len(task_keys),
+        "cut": cut,
+        "n_users": len(users["keys"]),
         "n_candidates": len(candidates),
     }
     write_json(folder / "task.json", record)
     Task(folder, record).refuse_leaks(
         keys[splits["pretraining"]],
-        load_array(folder.parents[1] / "items/service.npy"),
+        item_service,
         file.all_services,
         file.services,
         unique=file.logs.deduplicate == "latest",
     )
+
+
+def _blocks(clean: CleanLogs, logs: Any, cut: str) -> Iterator[list[Ints]]:
+    """``COLUMNS`` of the logs of whole users, those of about ``engine.CHUNK`` logs at a time."""
+    order = ("uid", *(() if cut == "order" else ("time",)), "position", "item")
+    held = [np.zeros(0, np.int64) for _ in COLUMNS]
+    for chunk in clean.engine.stream(logs.mutate(time=logs.time.fill_null(0)), COLUMNS, order):
+        held = [np.concatenate(parts) for parts in zip(held, chunk, strict=True)]
+        end = np.searchsorted(held[0], held[0][-1])  # the last user may go on in the next chunk
+        if end:
+            yield [column[:end] for column in held]
+        held = [column[end:] for column in held]
+    if len(held[0]):
+        yield held
+
+
+def _write_negatives(
+    engine: Engine,
+    name: str,
+    config: TaskConfig,
+    users: Mapping[str, NDArray[Any]],
+    touched: store.Spool,
+    candidates: Ints,
+    weights: Ints | None,
+    path: Path,
+) -> None:
+    """Draw the negatives of every target, and write them.
+
+    Args:
+        users: ``keys`` of the users, and how many items each ``touched``.
+        touched: those items, user by user.
+        weights: as ``draw_negatives`` has them.
+    """
+    shape = (config.targets, config.negatives)
+    drawn = store.Spool(engine.folder / f"task_{name}_negatives", int(candidates.max()), shape)
+    counts = users["touched"]
+    ends = np.cumsum(counts)
+    for part in user_blocks(counts + config.targets * config.negatives):
+        user = np.repeat(np.arange(part.stop - part.start), counts[part])
+        item = touched.read(int(ends[part.start] - counts[part.start]), int(ends[part.stop - 1]))
+        keys = users["keys"][part]
+        drawn.append(draw_negatives(name, config, user, item, keys, candidates, weights))
+    drawn.save(path)
 
 
 def _users(clean: CleanLogs, name: str, uids: Ints) -> Any:
@@ -187,21 +262,23 @@ def _timed(clean: CleanLogs, logs: Any, name: str, file: CorpusFile) -> bool:
     return not untimed
 
 
-def _logs_of(clean: CleanLogs, users: Any, service: int) -> tuple[Ints, Ints]:
-    """Items of a service that some users have logs of, and how many."""
+def _logs_of(clean: CleanLogs, name: str, uids: Ints, service: int, candidates: Ints) -> Ints:
+    """Logs of each candidate that some users have. [candidates]"""
+    users = _users(clean, f"task_{name}_counted", uids)
     logs = clean.logs.filter(clean.logs.service == service).semi_join(users, "uid")
     counted = logs.group_by("item").aggregate(n=_.count())
     item, n = clean.engine.fetch(counted, {"item": np.int64, "n": np.int64}, ("item",))
-    return item, n
+    found = np.zeros(len(candidates), np.int64)
+    found[np.searchsorted(candidates, item)] = n
+    return found
 
 
-def _logs_before(logs: TaskLogs, chosen: Chosen, service: int) -> tuple[Ints, Ints]:
-    """Items of a service in histories before the first target, and how often."""
+def _before(chosen: Chosen, service: int) -> Ints:
+    """Rows in histories before the first target. [logs]"""
     lengths, rows = chosen.history[service]
     ends = chosen.ends[service][:, 0] if chosen.ends else lengths
-    before = rows[spans(np.cumsum(lengths) - lengths, ends)]
-    item, n = np.unique(logs.item[before], return_counts=True)
-    return item, n
+    before: Ints = rows[spans(np.cumsum(lengths) - lengths, ends)]
+    return before
 
 
 def _behaviours(
@@ -209,7 +286,7 @@ def _behaviours(
 ) -> tuple[Ints, Ints]:
     """Each user's behaviours before a time, and in the month before it, over all services."""
     batch = pa.record_batch({"uid": uids, "bound": bound})
-    times = clean.logs.join(clean.engine.load(f"bounds_{name}", [batch], batch.schema), "uid")
+    times = clean.logs.join(clean.engine.load(f"task_{name}_bounds", [batch], batch.schema), "uid")
     earlier = times.time < times.bound
     found = times.group_by("uid").aggregate(
         before=earlier.sum().fill_null(0),

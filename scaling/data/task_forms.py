@@ -4,7 +4,7 @@ Pure functions of the logs. What they choose is checked again, row by row, befor
 times that such a check needs are not kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ SEGMENTS = ("new", "cold", "regular", "heavy")
 
 @dataclass(frozen=True)
 class TaskLogs:
-    """Logs of a task's users in its history services, in order of (user, time, position), or of
+    """Logs of users of a task in its history services, in order of (user, time, position), or of
     (user, position) where the task is cut by stored order. Of the task's service they are all."""
 
     user: Ints
@@ -37,16 +37,12 @@ class TaskLogs:
     """Unix time [s]; zero where there is none. [logs]"""
     position: Ints
     """Stored order among a user's logs of one service. [logs]"""
-    timed: bool
-    """Whether all of them have times."""
 
 
 @dataclass(frozen=True)
 class Chosen:
     """Rows of ``TaskLogs`` that a task consists of."""
 
-    cut: str
-    """``day``, ``time``, ``order``, or ``none`` where items are set aside at random."""
     targets: Ints
     """Oldest first; in the order of the draw if at random. [users, targets]"""
     history: dict[int, tuple[Ints, Ints]]
@@ -57,26 +53,47 @@ class Chosen:
     [users, targets]"""
 
 
+def cut_of(name: str, config: TaskConfig, timed: bool, whole_days: Callable[[], bool]) -> str:
+    """What "before the first target" means: ``day``, ``time``, ``order``, or ``none`` where items
+    are set aside at random.
+
+    Args:
+        timed: whether all logs of the task have times.
+        whole_days: whether the times are all midnight; asked only if it matters.
+
+    Raises:
+        CorpusError: the task compares times, and there are none.
+    """
+    if config.form == "random":
+        return "none"
+    if timed:
+        return config.cut or ("day" if whole_days() else "time")
+    if config.cut in ("day", "time"):
+        raise CorpusError(f"task {name!r} cannot be cut by {config.cut!r}: the logs have no times")
+    return "order"
+
+
 def choose(
     name: str,
     config: TaskConfig,
+    cut: str,
     logs: TaskLogs,
     keys: NDArray[np.uint64],
     service: int,
     services: Sequence[int],
     max_logs: int,
 ) -> Chosen:
-    """Targets and histories of a task.
+    """Targets and histories of users of a task.
 
     Args:
+        cut: as ``cut_of`` gives it.
         keys: of the users. [users]
         service: index of the task's service.
         services: indices of the services that have histories.
         max_logs: most recent logs kept in a history, per service.
 
     Raises:
-        CorpusError: a user has too few logs of the service, or the logs have no times that the form
-            asks for.
+        CorpusError: a user has too few logs of the service.
     """
     n_users = len(keys)
     rows = np.flatnonzero(logs.service == service)
@@ -86,18 +103,17 @@ def choose(
             f"task {name!r}: a user has fewer than {config.targets} logs of its service"
         )
     starts = np.cumsum(counts) - counts
-    cut, clock = "none", logs.time
-    if config.form == "random":
+    clock = logs.time
+    if cut == "none":
         targets, before = _at_random(name, config, logs, keys, service)
     else:
         place = 0 if config.form == "first" else counts - config.targets
         targets = rows[(starts + place)[:, None] + np.arange(config.targets)]
-        cut = config.cut or _default_cut(config, logs)
         clock = _clock(cut, logs)
         bound = clock[targets[:, -1 if config.form == "leave_one_out" else 0]]
         before = clock < bound[logs.user]
     history, ends = {}, {}
-    for s in (service,) if cut == "order" else services:
+    for s in services:
         kept = np.flatnonzero(before & (logs.service == s))
         lengths = np.bincount(logs.user[kept], minlength=n_users)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
@@ -106,7 +122,7 @@ def choose(
             user = logs.user[kept]
             earlier = clock[kept][:, None] < clock[targets][user]
             ends[s] = np.stack([np.bincount(user[e], minlength=n_users) for e in earlier.T], 1)
-    return Chosen(cut, targets, history, ends)
+    return Chosen(targets, history, ends)
 
 
 def _at_random(
@@ -136,21 +152,13 @@ def _at_random(
     return targets, ~((logs.service == service) & np.isin(pair, pair[targets]))
 
 
-def _default_cut(config: TaskConfig, logs: TaskLogs) -> str:
-    if not logs.timed:
-        return "time" if config.form == "first" else "order"
-    return "time" if (logs.time % DAY).any() else "day"
-
-
 def _clock(cut: str, logs: TaskLogs) -> Ints:
     if cut == "order":
         return logs.position
-    if not logs.timed:
-        raise CorpusError(f"a task cannot be cut by {cut!r}: the logs have no times")
     return logs.time // DAY if cut == "day" else logs.time
 
 
-def refuse_leaks(name: str, config: TaskConfig, logs: TaskLogs, chosen: Chosen) -> None:
+def refuse_leaks(name: str, cut: str, logs: TaskLogs, chosen: Chosen) -> None:
     """Check the rows chosen, one by one and in another way than they were found.
 
     Raises:
@@ -159,7 +167,7 @@ def refuse_leaks(name: str, config: TaskConfig, logs: TaskLogs, chosen: Chosen) 
     """
     n_users, n_targets = chosen.targets.shape
     user = np.arange(n_users)
-    clock = None if chosen.cut == "none" else _clock(chosen.cut, logs)
+    clock = None if cut == "none" else _clock(cut, logs)
     faults = []
     if (logs.user[chosen.targets] != user[:, None]).any():
         faults.append("a target is a log of another user")
@@ -181,10 +189,10 @@ def refuse_leaks(name: str, config: TaskConfig, logs: TaskLogs, chosen: Chosen) 
         raise CorpusError(f"task {name!r} leaks: {'; '.join(dict.fromkeys(faults))}")
 
 
-def bounds(chosen: Chosen, logs: TaskLogs) -> Ints:
+def bounds(cut: str, logs: TaskLogs, chosen: Chosen) -> Ints:
     """Time before which a user's logs are before the first target. [users] [s]"""
     time = logs.time[chosen.targets[:, 0]]
-    return time // DAY * DAY if chosen.cut == "day" else time
+    return time // DAY * DAY if cut == "day" else time
 
 
 def segment(before: Ints, recent: Ints, keys: NDArray[np.uint64]) -> NDArray[np.uint8]:

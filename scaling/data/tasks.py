@@ -17,8 +17,9 @@ task's own service alone: positions of different services do not say which log w
 A task is checked for leaks when it is made, and whenever it is opened or verified.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling.data.batches import latest, pack_items
-from scaling.data.corpus import Corpus, CorpusError, load_array
+from scaling.data.corpus import Corpus, CorpusError, blocks, load_array
 from scaling.data.task_forms import SEGMENTS
 from scaling.files import read_json
 from scaling.packing import PackedBatch, spans
@@ -35,6 +36,8 @@ Ints = NDArray[np.int64]
 SCHEMA_VERSION = 1
 GROUPS = 10
 """Groups of users by hash: the unit of an 80/10/10 split and of its rotations."""
+PART = 1 << 20
+"""Entries of a task dealt with together."""
 
 
 class Task:
@@ -130,12 +133,20 @@ class Task:
             raise CorpusError(
                 f"{self.path}: no history of {service!r}; valid: {', '.join(self.services)}"
             )
-        offsets, items = self._history[service]
         if service not in self._ends:
-            return offsets, items
-        lengths = self._ends[service][:, target].astype(np.int64)
-        kept = items[spans(offsets[:-1].astype(np.int64), lengths)]
+            return self._history[service]
+        lengths, kept = self._before(service, target, slice(0, self.n_users))
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]), kept
+
+    def _before(self, service: str, target: int, users: slice) -> tuple[Ints, NDArray[Any]]:
+        """Lengths and items of the histories of some users before a target. [users], [logs]"""
+        offsets, items = self._history[service]
+        bounds = offsets[users.start : users.stop + 1].astype(np.int64)
+        part = items[bounds[0] : bounds[-1]]
+        if service not in self._ends:
+            return np.diff(bounds), part
+        lengths = self._ends[service][users, target].astype(np.int64)
+        return lengths, part[spans(bounds[:-1] - bounds[0], lengths)]
 
     def check(self, corpus: Corpus) -> None:
         """Check what would make a result too good.
@@ -176,14 +187,25 @@ class Task:
                 item of its target where users have no item twice; a segment has another size than
                 it should.
         """
+        index = [services.index(s) for s in self.services]
         for faults in (
-            self._misfits(item_service, services),
-            self._leaks(trained, len(item_service), pretrained, unique),
+            self._misfits(index[0], item_service),
+            self._by_blocks(partial(self._strangers, item_service, index)),
+            self._pretrained(trained, pretrained),
+            self._by_blocks(partial(self._leaks, len(item_service), unique)),
         ):
-            if lines := "\n".join(f"{self.path}: {fault}" for fault in faults):
+            if lines := "\n".join(f"{self.path}: {fault}" for fault in dict.fromkeys(faults)):
                 raise CorpusError(lines)
 
-    def _misfits(self, item_service: NDArray[Any], services: Sequence[str]) -> Iterator[str]:
+    def _by_blocks(self, check: Callable[[slice], Iterator[str]]) -> Iterator[str]:
+        entries = np.full(self.n_users, self.targets.shape[1] * (1 + self.negatives.shape[2]))
+        for offsets, _ in self._history.values():
+            entries += _lengths(offsets)
+        for users in user_blocks(entries):
+            yield from check(users)
+
+    def _misfits(self, service: int, item_service: NDArray[Any]) -> Iterator[str]:
+        """Arrays that do not fit together."""
         n_users, n_targets = self.targets.shape
         shapes = {
             "keys": (self.keys, (n_users,)),
@@ -200,60 +222,89 @@ class Task:
             yield "its users do not lie in the order of their keys, or one is there twice"
         if (self.group != self.keys % np.uint64(GROUPS)).any():
             yield "a user is in another group than that of its key"
-        of_service = np.flatnonzero(item_service == services.index(self.service))
+        of_service = np.flatnonzero(item_service == service)
         if not np.array_equal(self.candidates, of_service):
             yield f"its candidates are not the items of {self.service!r}"
-        for what, found in (("target", self.targets), ("negative", self.negatives)):
-            if not np.isin(found, of_service).all():
-                yield f"a {what} is no item of {self.service!r}"
         for s, (offsets, items) in self._history.items():
             bounds = offsets.astype(np.int64)
             if len(bounds) != n_users + 1 or bounds[0] or bounds[-1] != len(items):
                 yield f"the offsets of its histories of {s!r} are not those of {n_users} users"
             elif (np.diff(bounds) < 0).any():
                 yield f"a history of {s!r} has a negative length"
-            elif int(items.max(initial=0)) >= len(item_service):
-                yield f"a history of {s!r} has an item that the corpus lacks"
-            elif (item_service[items] != services.index(s)).any():
-                yield f"a history of {s!r} has an item of another service"
             elif s in self._ends:
                 ends = np.column_stack([self._ends[s].astype(np.int64), np.diff(bounds)])
                 if (np.diff(ends, axis=1) < 0).any() or (ends[:, -2] != ends[:, -1]).any():
                     yield f"the histories of {s!r} do not end at one target after the other"
 
-    def _leaks(
-        self, trained: NDArray[np.uint64], n_items: int, pretrained: Sequence[str], unique: bool
+        if self.segment is not None:
+            sizes = np.bincount(self.segment, minlength=len(SEGMENTS))
+            tenth = (n_users - sizes[SEGMENTS.index("new")]) // 10
+            if len(sizes) > len(SEGMENTS) or any(
+                sizes[SEGMENTS.index(s)] != tenth for s in ("cold", "heavy")
+            ):
+                yield f"its segments have {sizes.tolist()} users; cold and heavy are {tenth} each"
+
+    def _strangers(
+        self, item_service: NDArray[Any], services: Sequence[int], users: slice
     ) -> Iterator[str]:
-        if (n := int(np.isin(self.keys, trained).sum())) and not self.foreign:
+        """Items of another service than they should be."""
+        for what, found in (("target", self.targets[users]), ("negative", self.negatives[users])):
+            if (
+                int(found.max(initial=0)) >= len(item_service)
+                or (item_service[found] != services[0]).any()
+            ):
+                yield f"a {what} is no item of {self.service!r}"
+        for index, (s, (offsets, items)) in zip(services, self._history.items(), strict=True):
+            part = items[int(offsets[users.start]) : int(offsets[users.stop])]
+            if int(part.max(initial=0)) >= len(item_service):
+                yield f"a history of {s!r} has an item that the corpus lacks"
+            elif (item_service[part] != index).any():
+                yield f"a history of {s!r} has an item of another service"
+
+    def _pretrained(self, trained: NDArray[np.uint64], pretrained: Sequence[str]) -> Iterator[str]:
+        """Users that pretraining has, where it should not."""
+        n = sum(int(np.isin(trained[part], self.keys).sum()) for part in blocks(len(trained)))
+        if n and not self.foreign:
             if self.disjoint:
                 yield f"{n} of its users are users of pretraining"
             elif self.service in pretrained:
                 yield f"{n} of its users have their logs of {self.service!r} in pretraining"
-        ordered = np.sort(self.negatives, axis=2)
+
+    def _leaks(self, n_items: int, unique: bool, users: slice) -> Iterator[str]:
+        """Items that give a target away, or that should not be ranked with it."""
+        negatives = self.negatives[users]
+        ordered = np.sort(negatives, axis=2)
         if (ordered[:, :, 1:] == ordered[:, :, :-1]).any():
             yield "a negative is drawn twice for one target"
-        row = np.arange(self.n_users, dtype=np.int64)[:, None] * n_items
-        targets = self.targets + row
-        drawn = self.negatives.reshape(self.n_users, -1) + row
-        bounds, stored = self._history[self.service]
-        known = np.concatenate([targets.ravel(), stored + np.repeat(row, _lengths(bounds))])
-        if np.isin(drawn, known).any():
+        row = np.arange(len(negatives), dtype=np.int64)[:, None] * n_items
+        targets = self.targets[users] + row
+        bounds, items = self._history[self.service]
+        lengths = _lengths(bounds[users.start : users.stop + 1])
+        stored = items[int(bounds[users.start]) : int(bounds[users.stop])]
+        known = np.concatenate([targets.ravel(), stored + np.repeat(row, lengths)])
+        if np.isin(negatives.reshape(len(negatives), -1) + row, known).any():
             yield "a negative is an item the user touched"
         if unique or self.form == "random":
             if len(np.unique(targets)) < targets.size:
                 yield "an item is twice among a user's targets"
             for t in range(targets.shape[1]):
-                offsets, items = self.history(self.service, t)
-                of = np.repeat(row, _lengths(offsets))
-                if np.isin(items + of, targets[:, t:]).any():
+                lengths, before = self._before(self.service, t, users)
+                if np.isin(before + np.repeat(row, lengths), targets[:, t:]).any():
                     yield f"a history before target {t + 1} has the item of a target after it"
-        if self.segment is not None:
-            sizes = np.bincount(self.segment, minlength=len(SEGMENTS))
-            tenth = (self.n_users - sizes[SEGMENTS.index("new")]) // 10
-            if len(sizes) > len(SEGMENTS) or any(
-                sizes[SEGMENTS.index(s)] != tenth for s in ("cold", "heavy")
-            ):
-                yield f"its segments have {sizes.tolist()} users; cold and heavy are {tenth} each"
+
+
+def user_blocks(entries: Ints) -> Iterator[slice]:
+    """Users one after another, as many at a time as have ``PART`` entries, or one.
+
+    Args:
+        entries: of each user. [users]
+    """
+    ends, start = np.cumsum(entries), 0
+    while start < len(ends):
+        done = ends[start] - entries[start]
+        stop = max(start + 1, int(np.searchsorted(ends, done + PART, side="right")))
+        yield slice(start, stop)
+        start = stop
 
 
 def _lengths(offsets: NDArray[Any]) -> Ints:

@@ -23,7 +23,14 @@ from scaling.data.negatives import draw_negatives
 from scaling.data.permutation import key_of, permute
 from scaling.data.prepare import prepare
 from scaling.data.task_config import TaskConfig
-from scaling.data.task_forms import DAY, SEGMENTS, TaskLogs, choose, refuse_leaks, segment
+from scaling.data.task_forms import (
+    DAY,
+    SEGMENTS,
+    TaskLogs,
+    choose,
+    refuse_leaks,
+    segment,
+)
 from scaling.data.tasks import Task
 from scaling.files import read_json
 
@@ -113,7 +120,7 @@ entries = st.lists(
 )
 
 
-def table(users: list[list[Entry]], cut: str, timed: bool = True) -> TaskLogs:
+def table(users: list[list[Entry]], cut: str) -> TaskLogs:
     """Logs in the order that a task asks for; items of service 1 are 100, 101, ..."""
 
     def place(row: tuple[int, Entry]) -> tuple[int, ...]:
@@ -123,7 +130,7 @@ def table(users: list[list[Entry]], cut: str, timed: bool = True) -> TaskLogs:
 
     rows = sorted(((u, e) for u, log in enumerate(users) for e in log), key=place)
     columns = np.array([(u, *e) for u, e in rows], np.int64).reshape(-1, 5).T
-    return TaskLogs(*columns, timed)
+    return TaskLogs(*columns)
 
 
 @settings(max_examples=300)
@@ -147,9 +154,10 @@ def test_targets_and_histories_are_those_of_the_plain_program(
     if not timed:
         cut, logs = "time", [[e._replace(time=0) for e in log] for log in logs]
     keys = np.arange(7, 7 + len(users), dtype=np.uint64)
-    chosen_cut = {} if form == "random" else {"cut": cut}
-    config = task_config(form=form, targets=n_targets, history="all", **chosen_cut)
-    given_logs = table(logs, cut, timed)
+    given_logs = table(logs, cut)
+    services = [0] if cut == "order" else [0, 1]
+    cut = "none" if form == "random" else cut
+    config = task_config(form=form, targets=n_targets, history="all")
     sizes = [
         len({e.item for e in log if e.service == 0})
         if form == "random"
@@ -158,12 +166,11 @@ def test_targets_and_histories_are_those_of_the_plain_program(
     ]
     if min(sizes) < n_targets:
         with pytest.raises(CorpusError, match=f"a user has fewer than {n_targets}"):
-            choose("t", config, given_logs, keys, 0, [0, 1], cap)
+            choose("t", config, cut, given_logs, keys, 0, services, cap)
         return
-    chosen = choose("t", config, given_logs, keys, 0, [0, 1], cap)
-    refuse_leaks("t", config, given_logs, chosen)
-    assert chosen.cut == ("none" if form == "random" else cut)
-    assert list(chosen.history) == ([0] if cut == "order" else [0, 1])
+    chosen = choose("t", config, cut, given_logs, keys, 0, services, cap)
+    refuse_leaks("t", cut, given_logs, chosen)
+    assert list(chosen.history) == services
     for u, log in enumerate(logs):
         drawn = set_aside("t", int(keys[u]), sizes[u], n_targets) if form == "random" else []
         targets, histories = plain(form, log, 0, n_targets, cut, cap, drawn)
@@ -181,10 +188,10 @@ def test_items_are_set_aside_alike() -> None:
     """Each of a user's five items in 2/5 of the cases, however many logs it has."""
     n, items = 3_000, [0, 1, 1, 1, 2, 3, 4]
     log = [Entry(0, item, 0, p) for p, item in enumerate(items)]
-    logs = table([log] * n, "time", timed=False)
+    logs = table([log] * n, "time")
     keys = np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     config = task_config(form="random", targets=2)
-    chosen = choose("t", config, logs, keys, 0, [0], 64)
+    chosen = choose("t", config, "none", logs, keys, 0, [0], 64)
     counts = np.bincount(logs.item[chosen.targets].ravel(), minlength=5)
     assert counts.sum() == 2 * n
     assert (np.abs(counts - n * 2 / 5) < 5 * np.sqrt(n * 2 / 5 * 3 / 5)).all(), counts
@@ -192,15 +199,15 @@ def test_items_are_set_aside_alike() -> None:
                                      logs.item[chosen.targets].tolist()]).all()  # fmt: skip
 
 
-def chosen_rows(form: str) -> tuple[TaskConfig, TaskLogs, Any]:
+def chosen_rows(form: str) -> tuple[str, TaskLogs, Any]:
     """Two users with six logs a service, one of every service an hour."""
-    cut = "time" if form != "random" else None
-    config = task_config(form=form, history="all", **({"cut": cut} if cut else {}))
+    cut = "none" if form == "random" else "time"
+    config = task_config(form=form, history="all")
     logs = [[Entry(s, 10 * s + p, 3600 * p, p) for p in range(6) for s in (1, 0)]] * 2
     if form == "first":  # the first log of service 0 is the fourth hour's
         logs = [[e for e in log if e.service or e.time >= 3 * 3600] for log in logs]
-    made = table(logs, "time", timed=form != "random")
-    return config, made, choose("t", config, made, np.arange(2, dtype=np.uint64), 0, [0, 1], 64)
+    made, keys = table(logs, "time"), np.arange(2, dtype=np.uint64)
+    return cut, made, choose("t", config, cut, made, keys, 0, [0, 1], 64)
 
 
 @pytest.mark.parametrize(
@@ -212,8 +219,8 @@ def chosen_rows(form: str) -> tuple[TaskConfig, TaskLogs, Any]:
     ],
 )
 def test_a_leak_is_refused_before_it_is_stored(form: str, fault: str) -> None:
-    config, logs, chosen = chosen_rows(form)
-    refuse_leaks("t", config, logs, chosen)
+    cut, logs, chosen = chosen_rows(form)
+    refuse_leaks("t", cut, logs, chosen)
     last = chosen.targets.shape[1] - 1
     lengths, rows = (a.copy() for a in chosen.history[1])
     history, ends = dict(chosen.history), dict(chosen.ends)
@@ -246,7 +253,7 @@ def test_a_leak_is_refused_before_it_is_stored(form: str, fault: str) -> None:
         chosen = replace(chosen, targets=chosen.targets[::-1])
         message = "a target is a log of another user"
     with pytest.raises(CorpusError, match=f"task 't' leaks: .*{message}"):
-        refuse_leaks("t", config, logs, replace(chosen, history=history, ends=ends))
+        refuse_leaks("t", cut, logs, replace(chosen, history=history, ends=ends))
 
 
 # --- segments --------------------------------------------------------------------------------
@@ -667,8 +674,7 @@ def check_popular(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("timed", [True, False])
-def test_both_engines_make_the_same_tasks(tmp_path: Path, timed: bool) -> None:
-    pytest.importorskip("pyspark")
+def test_both_engines_make_the_same_tasks(tmp_path: Path, timed: bool, spark: Any) -> None:
     path = write_corpus(tmp_path, random_rows(0, 60, 14), timed, "latest")
     made = {
         engine: Corpus.open(prepare(path, tmp_path / engine, engine=engine))

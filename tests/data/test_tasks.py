@@ -10,7 +10,7 @@ from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.negatives import draw_negatives
 from scaling.data.prepare import find_prepared, prepare
 from scaling.data.task_config import TaskConfig
-from scaling.data.task_forms import DAY, TaskLogs, choose
+from scaling.data.task_forms import DAY, TaskLogs, choose, cut_of
 from scaling.data.tasks import Task, make_history_batch
 
 
@@ -76,13 +76,14 @@ def test_too_few_items_for_the_negatives():
 def test_history_ends_before_the_first_target():
     def histories(times, timed=True, services=None, **keys):
         n, zeros = len(times), np.zeros(len(times), np.int64)
-        services = np.array(services) if services else zeros
-        logs = TaskLogs(zeros, services, np.arange(n), np.array(times), np.arange(n), timed)
-        chosen = choose(
-            "t", task_config(targets=2, **keys), logs, np.ones(1, np.uint64), 0, [0, 1], 64
-        )
+        services, times = np.array(services) if services else zeros, np.array(times)
+        config = task_config(targets=2, **keys)
+        cut = cut_of("t", config, timed, lambda: not (times % DAY).any())
+        logs = TaskLogs(zeros, services, np.arange(n), times, np.arange(n))
+        kept = [0] if cut == "order" else [0, 1]
+        chosen = choose("t", config, cut, logs, np.ones(1, np.uint64), 0, kept, 64)
         assert chosen.targets.tolist() == [[n - 2, n - 1]]
-        return chosen.cut, {s: rows.tolist() for s, (_, rows) in chosen.history.items()}
+        return cut, {s: rows.tolist() for s, (_, rows) in chosen.history.items()}
 
     # The basket of the target's day is left out.
     whole_days = [0, DAY, 2 * DAY, 2 * DAY, 2 * DAY]
@@ -91,7 +92,7 @@ def test_history_ends_before_the_first_target():
     assert histories([0, 5, 9, 9, 10], cut="day") == ("day", {0: [], 1: []})
     # Positions of another service may lie before those of this one, whatever came first.
     assert histories([0] * 5, timed=False, services=[0, 0, 1, 0, 0]) == ("order", {0: [0, 1]})
-    with pytest.raises(CorpusError, match="the logs have no times"):
+    with pytest.raises(CorpusError, match="task 't' cannot be cut by 'time': the logs have no"):
         histories([0] * 5, timed=False, cut="time")
 
 
