@@ -19,9 +19,11 @@ from hypothesis import strategies as st
 
 from scaling.config import ConfigError
 from scaling.data.corpus import Corpus, CorpusError
+from scaling.data.engine import DuckDB
 from scaling.data.negatives import draw_negatives
 from scaling.data.permutation import key_of, permute
 from scaling.data.prepare import prepare
+from scaling.data.task_build import write_task
 from scaling.data.task_config import TaskConfig
 from scaling.data.task_forms import (
     DAY,
@@ -683,6 +685,99 @@ def test_both_engines_make_the_same_tasks(tmp_path: Path, timed: bool, spark: An
     one, other = (c.manifest["tasks"] for c in made.values())
     assert len(one) == (9 if timed else 3)
     assert one == other
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_blocks_of_users_leave_the_bytes_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed: bool
+) -> None:
+    """Of a few logs each, so that most users are cut by the end of a chunk."""
+    path = write_corpus(tmp_path, random_rows(0, 60, 14), timed, "none")
+    whole = Corpus.open(prepare(path, tmp_path / "whole"))
+    monkeypatch.setattr("scaling.data.engine.CHUNK", 5)
+    monkeypatch.setattr("scaling.data.tasks.PART", 9)
+    monkeypatch.setattr("scaling.data.store.BLOCK", 3)
+    cut = Corpus.open(prepare(path, tmp_path / "cut"))
+    assert len(whole.manifest["tasks"]) == (9 if timed else 3)
+    assert cut.manifest["tasks"] == whole.manifest["tasks"]
+    cut.verify()
+
+
+def test_memory_of_a_task_is_that_of_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 36,000 logs and 100,000 negatives, of which 2,000 are in memory together."""
+    draw, hours = random.Random(0), range(36)
+    rows = [(u, s, draw.randrange(150), 3600 * t) for u in range(500) for t in hours for s in "ab"]
+    rows.append((0, "c", 0, 0))
+    path = write_corpus(tmp_path, rows, True, "none")
+    head = path.read_text().split("[tasks.")[0].replace("max_logs = 4", "max_logs = 64")
+    path.write_text(
+        f'{head}[tasks.t]\nservice = "a"\nusers = "all"\nencoders = "foreign"\ntargets = 2\n'
+        'cut = "time"\n'
+    )
+    monkeypatch.setattr("scaling.data.engine.CHUNK", 1 << 11)
+    monkeypatch.setattr("scaling.data.tasks.PART", 1 << 11)
+    peaks: dict[str, int] = {}
+
+    def measured(what: str, run: Any) -> Any:
+        def call(*args: Any) -> Any:
+            tracemalloc.start()
+            try:
+                return run(*args)
+            finally:
+                peaks[what] = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+
+        return call
+
+    monkeypatch.setattr("scaling.data.build.write_task", measured("made", write_task))
+    corpus = Corpus.open(prepare(path, tmp_path))
+    task = measured("opened", Task.open)(corpus, "t")
+    assert task.negatives.shape == (500, 2, 100)
+    assert sum(len(task.history(s)[1]) for s in "ab") > 30_000
+    assert peaks["made"] < 2 << 20, peaks
+    assert peaks["opened"] < 1 << 19, peaks
+
+
+def test_no_two_tables_of_a_preparation_have_one_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Spark stored tables and loaded ones are files beside each other."""
+    names: list[str] = []
+
+    def noted(method: Any) -> Any:
+        def call(self: Any, name: str, *args: Any) -> Any:
+            names.append(name)
+            return method(self, name, *args)
+
+        return call
+
+    for method in ("store", "load"):
+        monkeypatch.setattr(DuckDB, method, noted(getattr(DuckDB, method)))
+    prepare(named_like_tables(tmp_path), tmp_path)
+    assert "task_users_counted" in names
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.slow
+def test_a_task_named_like_a_table_on_spark(tmp_path: Path, spark: Any) -> None:
+    path = named_like_tables(tmp_path)
+    made = [
+        Corpus.open(prepare(path, tmp_path / engine, engine=engine)).manifest["tasks"]
+        for engine in ("duckdb", "spark")
+    ]
+    assert made[0] == made[1]
+
+
+def named_like_tables(folder: Path) -> Path:
+    path = write_corpus(folder, random_rows(0, 60, 14), True, "latest")
+    head = path.read_text().split("[tasks.")[0]
+    path.write_text(
+        f'{head}[tasks.users]\nservice = "a"\ntargets = 1\nnegatives = 2\nsegments = true\n'
+        'negatives_from = "popularity"\n'
+    )
+    return path
 
 
 def test_forms_and_logs_that_do_not_go_together(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from scaling.data.negatives import draw_negatives
 from scaling.data.prepare import find_prepared, prepare
 from scaling.data.task_config import TaskConfig
 from scaling.data.task_forms import DAY, TaskLogs, choose, cut_of
-from scaling.data.tasks import Task, make_history_batch
+from scaling.data.tasks import Task, make_history_batch, user_blocks
 
 
 @pytest.fixture
@@ -318,6 +318,18 @@ def put(task, service, user, item):
     task._history[service] = offsets, items
 
 
+@given(st.lists(st.integers(0, 20), max_size=30))
+def test_blocks_hold_whole_users_and_no_more_entries_than_a_part(entries):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scaling.data.tasks.PART", 12)
+        found = list(user_blocks(np.array(entries, np.int64)))
+    assert [u for b in found for u in range(b.start, b.stop)] == list(range(len(entries)))
+    for block, after in itertools.zip_longest(found, found[1:]):
+        held = sum(entries[block])
+        assert held <= 12 or block.stop - block.start == 1
+        assert after is None or held + entries[after.start] > 12
+
+
 LEAKS = [
     ("every", "1 of its users are users of pretraining",
      lambda t, c: set_at(t.keys, 0, c.keys[0]) or set_at(t.group, 0, c.keys[0] % 10)),
@@ -376,7 +388,7 @@ def set_and(array, place, value):
 
 
 @pytest.mark.parametrize(("name", "message", "spoil"), LEAKS)
-def test_leaks_fail_loudly(many, name, message, spoil):
+def test_leaks_fail_loudly(many, monkeypatch, name, message, spoil):
     task = Task.open(many, name)
     for array in ("keys", "group", "targets", "negatives", "segment"):
         if getattr(task, array) is not None:
@@ -384,7 +396,19 @@ def test_leaks_fail_loudly(many, name, message, spoil):
             setattr(task, array, np.array(getattr(task, array), dtype))
     task.check(many)
     spoil(task, many)
-    with pytest.raises(CorpusError, match=f"{task.path}: .*{message}"):
+    for together in (1 << 20, 1):
+        monkeypatch.setattr("scaling.data.tasks.PART", together)
+        with pytest.raises(CorpusError, match=f"{task.path}: .*{message}"):
+            task.check(many)
+
+
+def test_a_leak_of_the_last_user_is_found(many, monkeypatch):
+    monkeypatch.setattr("scaling.data.tasks.PART", 1)
+    task = Task.open(many, "every")
+    last = task.n_users - 1
+    task.negatives = np.array(task.negatives)
+    task.negatives[last, 1, 0] = of_user(task, "books", last)[-1]
+    with pytest.raises(CorpusError, match="a negative is an item the user touched"):
         task.check(many)
 
 
