@@ -100,6 +100,14 @@ def test_wrong_tables_are_refused(duckdb_file, tmp_path):
         )
 
 
+def test_a_table_without_order_is_refused(duckdb_file):
+    columns = {"user": "u", "text": "t"}
+    with pytest.raises(ConfigError, match=r"web\.logs: .*map time or position"):
+        table("web.logs", f"duckdb://{duckdb_file}", columns=columns)
+    for order in ({"time": "w"}, {"position": "p"}):
+        assert table("web.logs", columns={**columns, **order})
+
+
 @pytest.mark.parametrize(
     "url",
     [

@@ -62,7 +62,7 @@ def test_logs(tmp_path, suffix):
         ("artists.dat", "53\tFir", "2 fields, the header has 4"),
         ("artists.dat", "Fir\t53\t\t", "id is no number: text of 3 characters"),
         ("tags.dat", "\tslow", "no id"),
-        ("user_artists.dat", "Zelda\t51\t1", "user is no number: text of 5 characters"),
+        ("user_artists.dat", "12345.0\t51\t1", "user is no number"),
         ("user_taggedartists.dat", "2\t51\t13\t1\t4", "5 fields, the header has 6"),
         (
             "user_taggedartists.dat",

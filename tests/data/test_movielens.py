@@ -89,7 +89,7 @@ def test_genres_join_the_title(tmp_path):
     ("name", "row", "reason"),
     [
         ("ratings.csv", "1,7,5.0", "3 fields, the header has 4"),
-        ("ratings.csv", "Zelda,7,5.0,978300760", "user is no number: text of 5 characters"),
+        ("ratings.csv", "+49 30 1234,7,5.0,978300760", "user is no number"),
         ("ratings.csv", "1,,5.0,978300760", "no film"),
         ("ratings.csv", "1,7,good,978300760", "rating is no number: text of 4 characters"),
         ("ratings.csv", "1,7,inf,978300760", "rating is no number: text of 3 characters"),

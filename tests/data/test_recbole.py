@@ -268,11 +268,11 @@ def test_malformed_items_and_indices(tmp_path):
     logs = read(tmp_path, service)
     assert [log.problem.removeprefix(f"{tmp_path}/") for log in logs if log.problem] == [
         "a.item:5: no item_id",
-        "a.item2index:2: number '0' is there twice",
+        "a.item2index:2: its number is there twice",
         "a.item2index:3: no raw id",
         "a.item2index:4: 1 fields, not 2",
-        "a.inter:3: not in item_index: '1'",
-        "a.inter:4: not in user_index: '1'",
+        "a.inter:3: not in item_index",
+        "a.inter:4: not in user_index",
     ]
     assert [log[:4] for log in logs if not log.problem] == [("Raw", "x", "i1", 'Toy 7" Drum')]
 
@@ -326,7 +326,7 @@ REASON = re.compile(
     r"the line is not valid text|\d+ fields, not \d|no (user_id|item_id|raw id|number)|"
     r"the row does not continue its user's sequence|"
     rf"((rating|timestamp) is no number|not a time from 1970 to 2099): {SHOWN}|"
-    rf"not in (user|item)_index: {SHOWN}|number {SHOWN} is there twice"
+    r"not in (user|item)_index|its number is there twice"
 )
 CELL = st.sampled_from(["u", "7", "i1", "i1 i2", "i1 i2 i1", ""]) | st.text("αβ 1", max_size=3)
 LINE = st.lists(CELL, min_size=1, max_size=5).map(lambda x: "\t".join(x).encode()) | st.binary()

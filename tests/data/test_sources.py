@@ -215,6 +215,25 @@ def _packed(name, raw):
     return gzip.compress(raw) if name.endswith(".gz") else raw
 
 
+@pytest.mark.parametrize("header", [b"1500000000,alice@example.org,a,mug", b"u,1,2,i"])
+def test_the_first_line_of_a_csv_without_header_is_not_shown(tmp_path, header):
+    (tmp_path / "l.csv").write_bytes(header + b"\n")
+    with pytest.raises(CorpusError) as e:
+        read(table_source("l.csv"), tmp_path)
+    missing = "'s', 't', 'w', 'r'" if header[:1] == b"u" else "'u', 's', 't', 'i', 'w', 'r'"
+    assert str(e.value) == (
+        f"{tmp_path / 'l.csv'}: its first line names no column {missing}; needed: u, s, t, i, w, r"
+    )
+
+
+def test_users_are_not_shown(tmp_path):
+    write(tmp_path / "l.jsonl", [{**ROWS[0], "u": user} for user in (12_345.0, [7], 30.5, True)])
+    frame = read(table_source("l.jsonl"), tmp_path)
+    assert frame.problem.tolist() == [
+        f"{tmp_path / 'l.jsonl'}:{n}: 'u' is no text or whole number" for n in range(1, 5)
+    ]
+
+
 def test_a_torn_gzip_is_told(tmp_path):
     lines = b"u,s,t,i,w,r\n" + b"".join(b"7,a,tea%d,x,1,5\n" % i for i in range(5_000))
     (tmp_path / "l.csv.gz").write_bytes(gzip.compress(lines)[:-300])
@@ -533,8 +552,14 @@ TYPED = [
     (pa.decimal128(20, 0), "ns", [Decimal(S * 10**9 - 1), Decimal("9" * 20)], [S - 1, None]),
     (pa.date32(), "s", [dt.date(2017, 7, 14), dt.date(1969, 12, 31), FAR.date()],
      [1_499_990_400, None, None]),
+    (pa.date32(), "s", [47_481, 47_482, 2**31 - 2, 2**31 - 1, -(2**31), -(2**31) + 1],
+     [4_102_358_400, None, "far", "far", "far", "far"]),
     (pa.timestamp("us"), "s", [dt.datetime(2017, 7, 14, 2, 39, 59, 999_999), FAR,
      dt.datetime(1, 1, 1)], [S - 1, None, None]),
+    (pa.timestamp("us"), "s", [4_102_444_799_999_999, 4_102_444_800_000_000, -1, 2**63 - 1,
+     2**63 - 2, -(2**63), -(2**63) + 1], [4_102_444_799, *[None] * 6]),
+    (pa.timestamp("us", "Asia/Tokyo"), "s", [4_102_444_799_999_999, 2**63 - 1, 2**63 - 2],
+     [4_102_444_799, None, None]),
     (pa.timestamp("ns"), "s", [S * 10**9 - 1, -1, 2**63 - 1], [S - 1, None, None]),
     (pa.timestamp("ns", "UTC"), "s", [S * 10**9 - 1, S * 10**9], [S - 1, S]),
     (pa.timestamp("ms", "America/New_York"), "s",
@@ -550,7 +575,8 @@ TYPED = [
 def test_times_of_every_type_are_the_same_for_engines(tmp_path, engine):
     tables = []
     for n, (kind, unit, values, _) in enumerate(TYPED):
-        times = pa.array(values, kind)
+        days = pa.types.is_date(kind) and isinstance(values[0], int)
+        times = pa.array(values, pa.int32() if days else kind).cast(kind)
         columns = {k: [v] * len(times) for k, v in ROWS[0].items()} | {"w": times}
         columns["i"] = [f"{n}/{i}" for i in range(len(times))]
         pq.write_table(pa.table(columns), tmp_path / f"{n}.parquet")
@@ -567,8 +593,10 @@ def test_times_of_every_type_are_the_same_for_engines(tmp_path, engine):
             where = f"{tmp_path / f'{n}.parquet'}:{i + 1}: "
             outside = f"{where}not a time from 1970 to 2099 (time_unit = {unit!r})"
             told = pa.types.is_integer(kind) or pa.types.is_date(kind) or kind == pa.decimal128(20)
+            value = dt.date(2100, 1, 1) if value == 47_482 else value
             expected = {
                 "no": f"{where}no time ('w' is empty)",
+                "far": outside,
                 "x": f"{where}not a time: text of 1 characters",
             }
             assert row.problem == expected.get(
@@ -650,6 +678,18 @@ def test_positions_of_a_column(tmp_path, engine):
     assert frame.problem.dropna().tolist() == [f"{where}2: not a position: '9223372036854775808'"]
 
 
+def test_order_without_times_asks_for_positions(tmp_path, engine):
+    columns = {k: v for k, v in COLUMNS.items() if k != "time"} | {"position": "p"}
+    for name in ("l.jsonl", "l.parquet", "t.parquet"):
+        given = ["3", None, ""] if name != "l.parquet" else [3, None, None]
+        write(tmp_path / name, [{**ROWS[0], "p": p} for p in given])
+        frame = read(table_source(name, columns=columns), tmp_path, engine)
+        assert frame.position.dropna().tolist() == [3]
+        assert sorted(frame.problem.dropna()) == [
+            f"{tmp_path / name}:{n}: no position ('p' is empty)" for n in (2, 3)
+        ]
+
+
 # --- folders of many files ------------------------------------------------------------------------
 
 
@@ -714,6 +754,33 @@ def test_what_a_folder_holds(tmp_path):
         assert source_files(table_source(*names), tmp_path) == [part]
     with pytest.raises(CorpusError, match=r"notes\.txt: format unknown"):
         source_files(table_source("*"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_a_file_by_two_names_is_read_once(tmp_path, engine, kind):
+    write(tmp_path / f"l.{kind}")
+    (tmp_path / f"latest.{kind}").symlink_to(f"l.{kind}")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "here").symlink_to(tmp_path)
+    first = tmp_path / f"l.{kind}"
+    for names in (
+        [f"*.{kind}"],
+        [f"l.{kind}", f"latest.{kind}", f"sub/../l.{kind}"],
+        [f"l.{kind}", f"here/l.{kind}"],
+    ):
+        source = table_source(*names)
+        assert source_files(source, tmp_path) == [first]
+        frame = read(source, tmp_path, engine)
+        assert frame["item"].tolist() == ["x1", "x2", "x3"]
+        assert frame.problem.isnull().all()
+    left = {k: v for k, v in ROWS[0].items() if k != "s"}
+    for service in ("s=a", "s=b"):
+        (tmp_path / "logs" / service).mkdir(parents=True)
+    write(tmp_path / "logs" / "s=a" / f"l.{kind}", [left])
+    other = tmp_path / "logs" / "s=b" / f"l.{kind}"
+    other.symlink_to(tmp_path / "logs" / "s=a" / f"l.{kind}")
+    with pytest.raises(CorpusError, match=f"{other}: the same file as .*, in folders of other val"):
+        source_files(table_source("logs"), tmp_path)
 
 
 # --- text files in blocks -------------------------------------------------------------------------
@@ -828,7 +895,7 @@ def test_wrong_sources_are_refused(tmp_path, monkeypatch):
     with pytest.raises(CorpusError, match=r"\*.csv: no such file"):
         source_files(table_source("*.csv"), tmp_path)
     (tmp_path / "l.csv").write_text("u,s,t,i,w\n")
-    with pytest.raises(CorpusError, match="has no column 'r'; its columns: i, s, t, u, w"):
+    with pytest.raises(CorpusError, match="its first line names no column 'r'; needed: u, s, t"):
         read(table_source("l.csv"), tmp_path)
     (tmp_path / "l.xls").write_text("")
     with pytest.raises(CorpusError, match="format unknown"):

@@ -69,13 +69,16 @@ def column_places(path: Path, header: Sequence[str], columns: Sequence[str]) -> 
     """Where the columns are in a header.
 
     Raises:
-        CorpusError: one is not. The line is not shown: it may be a row of somebody's.
+        CorpusError: one is not, or is twice. The line is not shown: it may be a row of somebody's.
     """
     if missing := [c for c in columns if c not in header]:
         raise CorpusError(
             f"{path}: its first line names no column {', '.join(map(repr, missing))}; "
-            f"needed: {', '.join(columns)}"
+            f"needed: {', '.join(dict.fromkeys(columns))}"
         )
+    for column in columns:
+        if header.count(column) > 1:
+            raise CorpusError(f"{path}: has {header.count(column)} columns {column!r}")
     return [header.index(c) for c in columns]
 
 
@@ -126,6 +129,13 @@ def number_id(value: str, name: str) -> str:
     """An id that is a number."""
     if not re.fullmatch(r"[0-9]{1,20}", value):
         raise ValueError(f"{name} is no number: {shown(value)}" if value else f"no {name}")
+    return value
+
+
+def user_id(value: str) -> str:
+    """A user's id that is a number. It is not shown."""
+    if not re.fullmatch(r"[0-9]{1,20}", value):
+        raise ValueError("user is no number" if value else "no user")
     return value
 
 

@@ -18,6 +18,7 @@ from scaling.data.sources.delimited import (
     number_id,
     parsed,
     unix_time,
+    user_id,
     whole_number,
 )
 
@@ -67,7 +68,7 @@ def _logs(
     def log(line: int, user: str, item: str, *day: str) -> Log:
         item = number_id(item, "id")
         time = _time(*day) if day else None
-        return Log(number_id(user, "user"), service, item, names.get(item), time, line)
+        return Log(user_id(user), service, item, names.get(item), time, line)
 
     yield from parsed(items, csv_rows(items, named, tabs=True), name)
     yield from parsed(path, csv_rows(path, ("userID", *columns), tabs=True), log)

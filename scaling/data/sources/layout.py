@@ -48,7 +48,8 @@ class Columns(Frozen):
     time: str | None = None
     """Unix time, or ISO 8601 (UTC where it says no zone); None: the rows are in order."""
     position: str | None = None
-    """Whole number that orders the rows of a user; None: the order of files and of their rows."""
+    """Whole number that orders the rows of a user, and must be there where ``time`` is not mapped;
+    None: the order of files and of their rows."""
     rating: str | None = None
     """Number; NaN and infinity count as no rating."""
     category: str | None = None
@@ -83,6 +84,10 @@ class LogTable(Frozen):
             raise ValueError("connection goes with table, not with files")
         if (self.service is None) == (self.columns.service is None):
             raise ValueError(f"{self.where}: give either a service or a column for it")
+        if self.table is not None and self.columns.time is None and self.columns.position is None:
+            raise ValueError(
+                f"{self.where}: rows of a database have no order; map time or position"
+            )
         return self
 
     @field_serializer("connection")
@@ -135,10 +140,11 @@ def public_url(url: str) -> str:
 
 
 def table_files(table: LogTable, base: Path) -> list[tuple[Path, str]]:
-    """Files of a table and their formats, sorted by path within each pattern or folder.
+    """Files of a table and their formats, sorted by path within each pattern or folder. One that
+    several names lead to is there once, by the first of them.
 
     Raises:
-        CorpusError: one is missing, or of unknown format.
+        CorpusError: one is missing, or of unknown format, or is in folders of different values.
     """
     found: dict[Path, str] = {}
     for pattern in table.files:
@@ -157,7 +163,13 @@ def table_files(table: LogTable, base: Path) -> list[tuple[Path, str]]:
                 found[match] = kind
             elif not (magic and match.name.startswith("_")):
                 raise CorpusError(f"{match}: format unknown; set format = {FORMATS}")
-    return list(found.items())
+    first: dict[Path, Path] = {}
+    for path in found:
+        other = first.setdefault(path.resolve(), path)
+        values = (folder_values(p, table, ()) for p in (path, other) if other != path)
+        if len(set(map(str, values))) > 1:
+            raise CorpusError(f"{path}: the same file as {other}, in folders of other values")
+    return [(path, found[path]) for path in first.values()]
 
 
 FORMATS = "parquet, csv or jsonl"
@@ -194,7 +206,7 @@ def folder_values(path: Path, table: LogTable, there: Sequence[str]) -> dict[str
 
 
 def require(where: Any, there: Sequence[str], table: LogTable) -> None:
-    """Refuse a file or table without exactly one column of each name that is mapped.
+    """Refuse a file or table that lacks a mapped column.
 
     Args:
         where: the file, for messages.
@@ -203,9 +215,6 @@ def require(where: Any, there: Sequence[str], table: LogTable) -> None:
     Raises:
         CorpusError: naming the file, and the columns it has.
     """
-    for column in table.wanted:
-        if there.count(column) > 1:
-            raise CorpusError(f"{where}: has {there.count(column)} columns {column!r}")
     if missing := [c for c in table.wanted if c not in there]:
         raise CorpusError(
             f"{where}: has no column {', '.join(map(repr, missing))}; "

@@ -21,6 +21,7 @@ from scaling.data.sources.delimited import (
     number_id,
     parsed,
     unix_time,
+    user_id,
 )
 from scaling.data.sources.lines import read_lines
 
@@ -67,7 +68,7 @@ def rows(config: Config, base: Path) -> Iterator[Log]:
     def rating(line: int, user: str, movie: str, stars: str, time: str) -> Log:
         text, genres = films.get(number_id(movie, "film"), (None, None))
         return Log(
-            number_id(user, "user"),
+            user_id(user),
             config.ratings,
             movie,
             text,
@@ -79,7 +80,7 @@ def rows(config: Config, base: Path) -> Iterator[Log]:
 
     def tag(line: int, user: str, movie: str, words: str, time: str) -> Log:
         return Log(
-            user=number_id(user, "user"),
+            user=user_id(user),
             service=config.tags,
             text=known(words, "tag"),
             time=unix_time(time),

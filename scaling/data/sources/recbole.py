@@ -237,7 +237,7 @@ def _index(path: Path, raw: dict[str, str]) -> Iterator[Log]:
             values = _fields(text, ["raw id", "number"])
             number = known(values["number"], "number")
             if number in raw:
-                raise ValueError(f"number {shown(number)} is there twice")
+                raise ValueError("its number is there twice")
             raw[number] = known(values["raw id"], "raw id")
         except ValueError as e:
             yield Log(problem=f"{path}:{line}: {e}")
@@ -247,7 +247,7 @@ def _raw(index: dict[str, str] | None, identity: str, key: str) -> str:
     if index is None:
         return identity
     if (raw := index.get(identity)) is None:
-        raise ValueError(f"not in {key}: {shown(identity)}")
+        raise ValueError(f"not in {key}")
     return raw
 
 

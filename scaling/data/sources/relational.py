@@ -2,7 +2,8 @@
 
 Engines differ in which texts they take for numbers and times, in the text they make of a number,
 and in what they do on overflow. So a text is matched before it is cast, what a cast could fail on
-is taken out before it, and of wrong values only texts, whole numbers and dates are ever shown.
+is taken out before it, and of wrong values only texts, whole numbers and dates are ever shown, and
+never one of a user.
 """
 
 from collections.abc import Callable, Mapping
@@ -87,7 +88,9 @@ def to_logs(rows: Any, kinds: Types, table: LogTable, where: Any, position: Any)
         return rows[column].cast("string").nullif("") if column else ibis.null("string")
 
     def empty(role: str, column: str) -> tuple[Any, str]:
-        return text(column).isnull(), f"no {role} ({column!r} is empty)"
+        # DuckDB fails on the text of the farthest timestamps, and NaN is null to Spark.
+        given = rows[column] if types.is_timestamp(kinds[column]) else text(column)
+        return given.isnull(), f"no {role} ({column!r} is empty)"
 
     service = text(c.service) if c.service else ibis.literal(table.service)
     wrong = [
@@ -107,6 +110,8 @@ def to_logs(rows: Any, kinds: Types, table: LogTable, where: Any, position: Any)
         position = _held(fits(given, WHOLE), given).try_cast("int64")
         reason = "not a position: " + _shown(given)
         wrong.append((given.notnull() & position.isnull(), reason))
+        if c.time is None:
+            wrong.append(empty("position", c.position))
     logs = rows.select(
         user=text(c.user),
         service=service,
@@ -166,15 +171,19 @@ def _time(raw: Any, kind: pa.DataType, unit: str) -> tuple[Any, list[tuple[Any, 
     outside = ibis.literal(f"{OUTSIDE} (time_unit = {unit!r})")
     told = outside + ": " + _shown(text)
     if types.is_date(kind):
-        time = _inside(_seconds(raw.cast("timestamp")))
-        return time, [(time.isnull(), told)]
+        within = (raw >= ibis.date(1970, 1, 1)) & (raw < ibis.date(2100, 1, 1))
+        time = _seconds(_held(within, raw).cast("timestamp"))
+        # Beyond four digits, engines write years in their ways.
+        plain = (raw >= ibis.date(1000, 1, 1)) & (raw <= ibis.date(9999, 12, 31))
+        return time, [(plain & time.isnull(), told), (time.isnull(), outside)]
     if types.is_timestamp(kind):
         if raw.type().is_integer():  # nanoseconds, as Spark reads them
             time = _of_number(raw, UNITS["ns"])
         elif kind.unit == "ns":  # DuckDB's, whose casts round
             time = _inside(_seconds(text.left(19).try_cast("timestamp")))
         else:
-            time = _inside(_seconds(raw.truncate("s")))
+            first, end = (ibis.literal(t, raw.type()) for t in ("1970-01-01", "2100-01-01"))
+            time = _seconds(_held((raw >= first) & (raw < end), raw).truncate("s"))
         return time, [(time.isnull(), outside)]
     if not _is_text(kind):
         time = _of_number(raw, UNITS[unit])

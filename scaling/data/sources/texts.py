@@ -23,7 +23,8 @@ import pyarrow.compute as pc
 
 from scaling.data.corpus import CorpusError
 from scaling.data.sources import SCHEMA, UNREADABLE
-from scaling.data.sources.layout import FILE, LogTable, folder_values, require
+from scaling.data.sources.delimited import column_places
+from scaling.data.sources.layout import FILE, LogTable, folder_values
 from scaling.data.sources.text_rows import Block, Parsed, TextFile, batch_of, delimiter, parse
 
 BLOCK = 4 << 20
@@ -171,7 +172,8 @@ def _check_start(file: TextFile) -> None:
             "(valid: utf-8, latin-1) or convert the file"
         )
     if file.kind == "csv" and start:
-        require(path, [*file.header, *folder_values(path, table, file.header)], table)
+        there = [*file.header, *folder_values(path, table, file.header)]
+        column_places(path, there, table.wanted)
 
 
 def _open(path: Path) -> Any:

@@ -26,7 +26,9 @@ def parsers(table: LogTable) -> dict[str, Callable[[Sequence[Any]], list[Any]]]:
         _column, partial(_plain_times, UNITS[unit]), partial(_time, c.time, unit)
     )
     readers["rating"] = partial(_column, _plain_ratings, _rating)
-    readers["position"] = partial(_column, lambda values, joined: None, _position)
+    readers["position"] = partial(
+        _column, lambda values, joined: None, partial(_position, "" if c.time else c.position)
+    )
     readers["category"] = partial(_column, _plain_texts, partial(_text, c.category, ""))
     return {role: reader for role, reader in readers.items() if getattr(c, role)}
 
@@ -71,7 +73,8 @@ def _text(column: str | None, required: str, value: Any) -> str | None:
             raise ValueError(f"no {required} ({column!r} is empty)")
         return None
     if isinstance(value, dict | list | bool | float):
-        raise ValueError(f"{column!r} is no text or whole number: {shown(value)}")
+        told = "" if required == "user" else f": {shown(value)}"
+        raise ValueError(f"{column!r} is no text or whole number{told}")
     text = str(value)
     if not text.isascii():
         try:
@@ -130,8 +133,10 @@ def _rating(value: Any) -> float | None:
     return rating if math.isfinite(rating) else None
 
 
-def _position(value: Any) -> int | None:
+def _position(required: str | None, value: Any) -> int | None:
     if value is None or value == "":
+        if required:
+            raise ValueError(f"no position ({required!r} is empty)")
         return None
     try:
         position = int(_number(value, int))
