@@ -1,6 +1,9 @@
 """Verbs on corpora."""
 
 import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +16,9 @@ from scaling.cli.app import WORK, Json, Root, Verbs, app
 from scaling.cli.terminal import cell, print_json, print_table, progress
 
 CorpusFile = Annotated[Path, typer.Argument(help="Corpus file (TOML).")]
-CorpusName = Annotated[str, typer.Argument(help="Name of a prepared corpus, or its digest.")]
+CorpusName = Annotated[
+    str, typer.Argument(help="Name, digest or folder of a prepared corpus, or its corpus file.")
+]
 LEAST_MEMORY = 500_000_000
 """Of DuckDB. [bytes]"""
 LENGTHS = ("mean", "min", "p10", "p25", "p50", "p75", "p90", "p99", "max")
@@ -62,29 +67,51 @@ def prepare(
     Example:
         clue-scaling prepare sweeps/corpora/demo.toml
     """
+    from scaling.data.corpus import read_manifest
     from scaling.data.prepare import prepare as publish
 
     limit = None if memory is None else _bytes(memory)
-    with progress("prepare") as update:
-        path = publish(
-            corpus_file,
-            root,
-            engine=engine.value,
-            memory=limit,
-            progress=update,
-        )
+    with progress("prepare") as update, _ended_like_ctrl_c():
+        path = publish(corpus_file, root, engine=engine.value, memory=limit, progress=update)
+    manifest = read_manifest(path)
     if as_json:
-        from scaling.data.corpus import read_manifest
-
-        manifest = read_manifest(path)
         print_json({"path": str(path), **{k: manifest[k] for k in ("digest", "steps", "tasks")}})
-    else:
-        typer.echo(path)
+        return
+    first, *others = manifest["steps"]
+    listed = f": {path.parent / manifest['name']}.malformed.txt" if first["malformed"] else ""
+    typer.echo(
+        f"{first['logs']:,} logs, {first['malformed']:,} of them malformed{listed}", err=True
+    )
+    before = first["logs"] - first["malformed"]
+    for step in others:
+        lost = f"{before - step['logs']:,} fewer" if step["logs"] < before else "all kept"
+        typer.echo(
+            f"  {step['step']:<14}{step['logs']:>15,} of {step['users']:,} users, {lost}", err=True
+        )
+        before = step["logs"]
+    users = ", ".join(f"{n:,} {split}" for split, n in manifest["splits"].items())
+    typer.echo(f"users: {users}", err=True)
+    typer.echo(path)
+
+
+@contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM and SIGHUP interrupt, so that what lies in the scratch folder is removed."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _bytes(text: str) -> int:
     """Bytes that ``64GB`` or ``500 MiB`` says."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])(i?)B", text.strip())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])(I?)B", text.strip().upper())
     if found is None:
         raise typer.BadParameter(
             f"--memory {text!r} is no size; valid: a number and MB, GB, TB, MiB, GiB or TiB"
@@ -127,7 +154,7 @@ def info(
     for corpus in map(Corpus.open, _corpora(root, name)):
         records.append(summary(corpus))
         if full:
-            with progress("read") as update:
+            with progress("read") as update, _damage_told(corpus.path):
                 records[-1]["logs"] = survey(corpus, batch_size, items_per_user, update)
     if as_json:
         print_json(records)
@@ -162,7 +189,7 @@ def compare(
     from scaling.data.domains import compare as measure
 
     paths = dict.fromkeys(path for name in names for path in _corpora(root, name))
-    with progress("read") as update:
+    with progress("read") as update, _damage_told(*paths):
         found = measure([Corpus.open(path) for path in paths], update)
     if as_json:
         print_json(found)
@@ -233,10 +260,30 @@ def floor(
     )
 
 
-def _corpora(root: Path, name: str) -> list[Path]:
-    """Folders of the prepared corpora with this name or digest."""
-    from scaling.data.corpus import CorpusError, folders
+@contextmanager
+def _damage_told(*paths: Path) -> Iterator[None]:
+    """What reading a damaged corpus raises, as an error that says what finds the damage."""
+    try:
+        yield
+    except (IndexError, ValueError, MemoryError) as e:
+        names = " ".join(path.name for path in paths)
+        raise ClueError(
+            f"damaged ({type(e).__name__} while reading); to see where: "
+            f"clue-scaling corpus verify {names}"
+        ) from e
 
+
+def _corpora(root: Path, name: str) -> list[Path]:
+    """Folders of the prepared corpora that are meant."""
+    from scaling.data.corpus import CorpusError, folders
+    from scaling.data.prepare import find_prepared
+
+    if name.endswith(".toml"):
+        if (made := find_prepared(root, Path(name))) is None:
+            raise CorpusError(f"{name}: not prepared below {root}")
+        return [made.path]
+    if (Path(name) / "manifest.json").is_file():
+        return [Path(name)]
     there = folders(root)
     if found := [p for p in there if name in (p.name, *p.name.rsplit("-", 1))]:
         return found

@@ -208,8 +208,12 @@ class Spark(Engine):
                     .getOrCreate()
                 )
                 self.con = ibis.pyspark.connect(self.session)
+                # It would warn of each number given to users and items in one partition.
+                self.session.sparkContext.setLogLevel("ERROR")
         except Exception as e:
-            raise CorpusError(f"engine spark: no session: {e!s:.300}") from None
+            java = "JAVA_GATEWAY_EXITED" in str(e) or isinstance(e, FileNotFoundError)
+            reason = "Java did not start; install it or set JAVA_HOME" if java else f"{e!s:.300}"
+            raise CorpusError(f"engine spark: no session: {reason}") from None
 
     @property
     def software(self) -> dict[str, str]:

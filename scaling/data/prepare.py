@@ -76,6 +76,7 @@ def prepare(
     sources = _fingerprint(file, corpus_file)
     for path, manifest in _same_recipe(root, file):
         if manifest["sources"] == sources and _has_tasks(manifest, file):
+            Corpus.open(path)  # whole, as far as sizes tell
             return path
     report = progress or (lambda done, total, stage: None)
     corpora = Path(root) / "corpora"
@@ -98,7 +99,13 @@ def prepare(
         # What it says of other errors may quote values of logs.
         told = isinstance(e, duckdb.IOException | duckdb.OutOfMemoryException)
         reason = str(e).partition("\n")[0] if told else f"DuckDB: {type(e).__name__}"
+        if not told and "No space left" in str(e):
+            reason = f"{corpora}: no space left on device"
         raise CorpusError(f"{corpus_file}: {reason}; nothing was published") from None
+    except RuntimeError as e:
+        if "interrupted" in str(e):  # Ctrl-C during a query
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _engine(name: EngineName, folder: Path, memory: int | None) -> Engine:
@@ -196,8 +203,9 @@ def _fingerprint(file: CorpusFile, corpus_file: Path) -> list[dict[str, Any]]:
 
 
 def _same_recipe(root: Path, file: CorpusFile) -> list[tuple[Path, dict[str, Any]]]:
-    manifests = ((path, read_manifest(path)) for path in folders(root))
-    return [(p, m) for p, m in manifests if m["recipe"] == file.recipe and m["name"] == file.name]
+    own = (path for path in folders(root) if path.name.rpartition("-")[0] == file.name)
+    manifests = ((path, read_manifest(path)) for path in own)
+    return [(path, m) for path, m in manifests if m["recipe"] == file.recipe]
 
 
 def _has_tasks(manifest: dict[str, Any], file: CorpusFile) -> bool:
@@ -247,6 +255,8 @@ def _publish(staged: Path, final: Path, manifest: dict[str, Any]) -> Path:
     if not final.exists():
         write_json(staged / "manifest.json", manifest)
         publish(staged, final)
+    elif not (final / "manifest.json").exists():
+        raise CorpusError(f"{final}: has no manifest, so it is no whole corpus; remove the folder")
     there = read_manifest(final)
     for task, digest in manifest["tasks"].items():
         if there["tasks"].get(task, digest) != digest:

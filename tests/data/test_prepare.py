@@ -391,6 +391,69 @@ def test_memory_is_no_key_of_spark(tiny_corpus):
         prepare(root / "tiny.toml", root / "other", engine="spark", memory=10**9)
 
 
+def test_a_damaged_corpus_is_not_taken_for_prepared(tiny_corpus):
+    root = tiny_corpus()
+    path = prepare(root / "tiny.toml", root)
+    keys = path / "users" / "keys.npy"
+    whole = keys.read_bytes()
+    keys.write_bytes(whole[:-8])
+    with pytest.raises(CorpusError, match=r"keys.npy: has \d+ bytes; its manifest says"):
+        prepare(root / "tiny.toml", root)
+    keys.write_bytes(whole)
+    (path / "manifest.json").rename(root / "manifest.json")
+    with pytest.raises(CorpusError, match=rf"{path.name}: has no manifest.*remove the folder"):
+        prepare(root / "tiny.toml", root)
+
+
+def test_another_corpus_of_the_root_may_be_broken(tiny_corpus):
+    root = tiny_corpus()
+    (root / "corpora" / "other-abcdefgh").mkdir()
+    (root / "corpora" / "other-abcdefgh" / "manifest.json").write_text("{")
+    assert prepare(root / "tiny.toml", root).name.startswith("tiny-")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("stage", ["logs", "items", "histories"])
+def test_interrupted(tiny_corpus, number, stage):
+    """Nothing stays behind, hidden folders with ids and titles least of all."""
+    root = tiny_corpus()
+    before = left(root)
+    edited(root, "vocab_size = 320", "vocab_size = 321")
+    program = textwrap.dedent(
+        f"""
+        import os, sys
+        import scaling.data.build as b
+        def stop(done, total, stage):
+            if stage == "{stage}":
+                os.kill(os.getpid(), {int(number)})
+        build = b.build
+        import scaling.data.prepare as p
+        p.build = lambda *a: build(*a[:-1], stop)
+        from scaling.cli import main
+        main()
+        """
+    )
+    arguments = ["prepare", str(root / "tiny.toml"), "--root", str(root)]
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True
+    )
+    assert ended.returncode == 130, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert left(root) == before
+
+
+def test_ctrl_c_during_a_query(tiny_corpus, monkeypatch):
+    root = tiny_corpus()
+
+    def query(*args):
+        raise RuntimeError("Query interrupted")
+
+    edited(root, "vocab_size = 320", "vocab_size = 321")
+    monkeypatch.setattr("scaling.data.prepare.build", query)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(root / "tiny.toml", root)
+
+
 def test_periods(tiny_corpus):
     root = tiny_corpus()
     times = {}
