@@ -942,7 +942,10 @@ def test_amazon_sequences(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("item_map", ["", "[]", '{"A": 1}', '{"A": [1, 2]}', '{"A": [1, -1]}'])
+@pytest.mark.parametrize(
+    "item_map",
+    ["", "[]", '{"A": 1}', '{"A": [1, 2]}', '{"A": [1, -1]}', '{"\\ud800": [1, 0]}'],
+)
 def test_a_wrong_item_map_is_refused(tmp_path, item_map):
     with pytest.raises(CorpusError, match="not a JSON object of asin"):
         read(amazon(tmp_path, "", item_map), tmp_path)

@@ -30,7 +30,7 @@ from scaling.data.sources.lines import read_lines, whole
 
 MAX_LINE = 1 << 20
 """Longer lines are not parsed: a Python literal takes some hundred times its length in memory."""
-RUBBISH = re.compile(r"<span|getTime|</?[a-z][a-z0-9]*(\s[^<>]*=[^<>]*|\s*/?)>|^\s*title_\d+\s*$")
+RUBBISH = re.compile(r"<span|getTime|</?[a-z][a-z0-9]*(\s[^<>=]*=[^<>]*|\s*/?)>|^\s*title_\d+\s*$")
 """What the crawler of 2018 left where the page was another than it knew, and place holders."""
 ASIN = re.compile(r"[0-9A-Z]{10}", re.ASCII)
 FIELDS = {"title": ("title",), "category": ("category", "categories"), "brand": ("brand",)}

@@ -94,7 +94,7 @@ def _item_map(path: Path, services: tuple[str, ...]) -> dict[int, tuple[str, str
         for asin, (item, service) in raw.items():
             if not (isinstance(item, int) and isinstance(service, int) and service >= 0):
                 raise ValueError(f"{asin!r} is not [item, service]")
-            found[item] = (asin, services[service])
+            found[item] = (whole(asin, "an asin"), services[service])
         return found
     except (ValueError, TypeError, AttributeError, IndexError) as e:
         raise CorpusError(
