@@ -190,7 +190,7 @@ def test_the_nominal_mean_is_that_of_the_counts():
     ("old", "new", "error", "message"),
     [
         ('"logs.csv"', '"gone.csv"', CorpusError, r"gone\.csv: no such file"),
-        ('"what"', '"title"', CorpusError, "has no column 'title'; its columns"),
+        ('"what"', '"title"', CorpusError, "names no column .title.; needed: who"),
         ("pool = 16", "pool = 900", CorpusError, "users.pool = 900 leave none for pretraining"),
         ("pool = 16", "pol = 16", ConfigError, "unknown key 'users.pol'; valid keys: "),
         ('"beauty"]', '"toys"]', ConfigError, "valid services: books, garden, toys"),
