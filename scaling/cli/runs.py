@@ -87,7 +87,9 @@ def train(
 def transfer(
     run: Annotated[str, typer.Argument(help="Run key, its first letters, or a sweep file.")],
     root: Root = WORK,
-    task: Annotated[list[str] | None, typer.Option(help="Task; default: all with folds.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task; default: all that have folds and that history.")
+    ] = None,
     folds: Annotated[int, typer.Option(help="Folds of the users: 2, 5 or 10.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of the heads.")] = 0,
     history: Annotated[str, typer.Option(help="target: the task's own log; or all.")] = "target",
@@ -103,7 +105,7 @@ def transfer(
     """
     from scaling.data.corpus import Corpus
     from scaling.rundir import RunDir
-    from scaling.transfer.evaluate import evaluable, evaluate
+    from scaling.transfer.evaluate import evaluate
 
     if run.endswith(".toml"):
         _, _, planned = planned_runs(Path(run), root)
@@ -121,7 +123,7 @@ def transfer(
             rows += evaluate(
                 one,
                 corpus,
-                task or evaluable(corpus),
+                task or None,
                 folds=folds,
                 seed=seed,
                 history=history,

@@ -134,7 +134,7 @@ def _popularity(problem: Problem, train: Ints) -> Iterator[tuple[str, Ints]]:
 def evaluate(
     run: RunDir,
     corpus: Corpus,
-    tasks: Sequence[str],
+    tasks: Sequence[str] | None = None,
     *,
     folds: int = 5,
     seed: int = 0,
@@ -147,7 +147,7 @@ def evaluate(
 
     Args:
         corpus: the corpus the run was trained on.
-        tasks: names of tasks of the corpus.
+        tasks: names of tasks of the corpus; None: all that this evaluates with that history.
         folds: 2, 5 or 10; every user is tested in one of them.
         seed: of the heads.
         history: user features from the task's own service (the paper's Table 2), or from all
@@ -163,8 +163,8 @@ def evaluate(
 
     Raises:
         TransferError: the corpus is not the run's, a setting is not valid (for a task), a task is
-            of a form that this does not evaluate, or the encoder's features are not finite (a
-            diverged run).
+            of a form that this does not evaluate, or all are: then nothing is computed. Or the
+            encoder's features are not finite (a diverged run).
         RecordError: the run has no whole checkpoint, or its record is torn.
         CorpusError: the corpus has no such task.
     """
@@ -176,12 +176,14 @@ def evaluate(
             f"{corpus.path}: its digest is {corpus.card.digest}, run {run.run_key} was trained on "
             f"{config.data.corpus_digest}"
         )
+    if folds not in FOLDS:
+        raise TransferError(f"folds = {folds}; valid: {', '.join(map(str, FOLDS))}")
+    chosen = _chosen(corpus, tasks, history)
     model, step = load_encoder(run)
     model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     rows: list[Row] = []
-    for done, name in enumerate(tasks):
-        task = Task.open(corpus, name)
-        _refuse(corpus, task, history)
+    for done, task in enumerate(chosen):
+        name = task.name
         path = run.path / "transfer" / f"{name}.json"
         header = {
             "schema_version": SCHEMA_VERSION,
@@ -213,22 +215,33 @@ def evaluate(
                     problem, fold, folds=folds, seed=seed, system=f"{config.model.system}/u-mlp"
                 )
                 if progress:
-                    progress(done * folds + fold + 1, len(tasks) * folds)
+                    progress(done * folds + fold + 1, len(chosen) * folds)
             found = [{"run_key": run.run_key, "task": name, **row} for row in found]
             write_json(path, {**header, "rows": found})
         elif progress:
-            progress((done + 1) * folds, len(tasks) * folds)
+            progress((done + 1) * folds, len(chosen) * folds)
         rows += found
     return rows
 
 
-def evaluable(corpus: Corpus) -> list[str]:
-    """Names of the tasks of a corpus that ``evaluate`` can do, sorted."""
-    return [t for t in sorted(corpus.manifest["tasks"]) if _unfit(Task.open(corpus, t)) is None]
+def _chosen(corpus: Corpus, names: Sequence[str] | None, history: str) -> list[Task]:
+    """The tasks of these names; None: those that are fit to be evaluated, sorted.
+
+    Raises:
+        TransferError: one of the names is not fit, or none of all.
+        CorpusError: the corpus has no such task.
+    """
+    tasks = [
+        Task.open(corpus, t) for t in (sorted(corpus.manifest["tasks"]) if names is None else names)
+    ]
+    unfit = {t.name: why for t in tasks if (why := _unfit(corpus, t, history))}
+    if unfit and (names is not None or len(unfit) == len(tasks)):
+        raise TransferError("\n".join(f"task {name!r}: {why}" for name, why in unfit.items()))
+    return [t for t in tasks if t.name not in unfit]
 
 
-def _unfit(task: Task) -> str | None:
-    """Why no run of the task's own corpus is evaluated on it here, if so."""
+def _unfit(corpus: Corpus, task: Task, history: str) -> str | None:
+    """Why no run of the task's own corpus is evaluated on it with these histories, if so."""
     if task.foreign:
         return (
             "it is for encoders of other corpora (encoders = 'foreign'): this one's pretraining "
@@ -239,34 +252,21 @@ def _unfit(task: Task) -> str | None:
             "only tasks with stored negatives and with users in folds are evaluated, and it has "
             f"form = {task.form!r} and {task.negatives.shape[2]} negatives"
         )
-    return None
-
-
-def _refuse(corpus: Corpus, task: Task, history: str) -> None:
-    """Refuse what a task cannot be asked for.
-
-    Raises:
-        TransferError: it lacks the histories asked for, or this evaluation is none of its form.
-    """
-    if why := _unfit(task):
-        raise TransferError(f"task {task.name!r}: {why}")
     if task.form == "first" and history == "target":
-        raise TransferError(
-            f"task {task.name!r}: before a first log of {task.service!r} (form = 'first') there is "
-            "no history of it; valid: all"
+        return (
+            f"before a first log of {task.service!r} (form = 'first') there is no history of it; "
+            "valid: all"
         )
     others = sorted(set(corpus.card.services) - {task.service})
     if history == "all" and task.cut == "order" and others:
-        raise TransferError(
-            f"task {task.name!r}: history = 'all' would need to know which logs of "
-            f"{', '.join(others)} came before the targets, but the task is cut by stored order "
-            f"(cut = 'order'), which says so within {task.service!r} alone; valid: target"
+        return (
+            f"history = 'all' would need to know which logs of {', '.join(others)} came before the "
+            "targets, but the task is cut by stored order (cut = 'order'), which says so within "
+            f"{task.service!r} alone; valid: target"
         )
     if history == "all" and others and task.services == (task.service,):
-        raise TransferError(
-            f"task {task.name!r} stores histories of {task.service!r} alone (history = 'service'); "
-            "valid: target"
-        )
+        return f"it stores histories of {task.service!r} alone (history = 'service'); valid: target"
+    return None
 
 
 def _recorded(path: Path, header: Row) -> list[Row] | None:

@@ -17,7 +17,7 @@ from scaling.models import build
 from scaling.packing import PackedBatch
 from scaling.rundir import RunDir
 from scaling.train.loop import train
-from scaling.transfer.evaluate import evaluable, evaluate
+from scaling.transfer.evaluate import evaluate
 from scaling.transfer.features import TransferError, item_features, user_features
 
 COLUMNS = {
@@ -226,18 +226,21 @@ negatives = 5
 """
 
 
-def test_tasks_of_forms_that_folds_do_not_evaluate(
-    tiny_corpus: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def of_all_forms(tiny_corpus: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Corpus, RunDir]:
     root = tiny_corpus(users=200)
     path = root / "tiny.toml"
     path.write_text(path.read_text().replace("[tasks.books]\n", FORMS))
     corpus = Corpus.open(prepare(path, root))
-    assert evaluable(corpus) == ["alone", "beauty", "books", "first"]
     config = configure(corpus)
-    run = RunDir.create(root, config, corpus.card.name)
     model = build(config.model, config.data.vocab_size).eval()
     monkeypatch.setattr("scaling.transfer.evaluate.load_encoder", lambda run: (model, 6))
+    return corpus, RunDir.create(root, config, corpus.card.name)
+
+
+def test_tasks_of_forms_that_folds_do_not_evaluate(
+    tiny_corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, run = of_all_forms(tiny_corpus, monkeypatch)
     for task, history, message in (
         ("alone", "all", "stores histories of 'books' alone .*; valid: target"),
         ("first", "target", "no history of it; valid: all"),
@@ -246,11 +249,44 @@ def test_tasks_of_forms_that_folds_do_not_evaluate(
         ("loo", "target", "form = 'leave_one_out' and 5 negatives"),
     ):
         with pytest.raises(TransferError, match=f"task '{task}'.*{message}"):
-            evaluate(run, corpus, [task], history=history)
+            # Beside a task that could be done, too.
+            evaluate(run, corpus, ["books", task], history=history, folds=2)
     assert not (run.path / "transfer").exists()
     rows = evaluate(run, corpus, ["first"], folds=2, history="all")
     assert {r["system"] for r in rows} == {"clue/u-mlp", "popularity"}
     assert sum(r["n_targets"] for r in rows) == 2 * Task.open(corpus, "first").n_users
+
+
+@pytest.mark.parametrize(
+    ("history", "fit"),
+    [("target", ["alone", "beauty", "books"]), ("all", ["beauty", "books", "first"])],
+)
+def test_by_default_all_tasks_that_the_history_suits(
+    tiny_corpus: Any, monkeypatch: pytest.MonkeyPatch, history: str, fit: list[str]
+) -> None:
+    corpus, run = of_all_forms(tiny_corpus, monkeypatch)
+    opened: list[str] = []
+    real = Task.open.__func__  # type: ignore[attr-defined]
+
+    def noted(cls: Any, corpus: Corpus, name: str) -> Task:
+        opened.append(name)
+        return real(cls, corpus, name)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Task, "open", classmethod(noted))
+    rows = evaluate(run, corpus, folds=2, history=history)
+    assert sorted({r["task"] for r in rows}) == fit
+    assert sorted(p.stem for p in (run.path / "transfer").iterdir()) == fit
+    assert sorted(opened) == sorted(corpus.manifest["tasks"])  # each is read once
+
+
+def test_a_corpus_without_a_task_that_can_be_done(
+    tiny_corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus, run = of_all_forms(tiny_corpus, monkeypatch)
+    for task in ("alone", "beauty", "books"):
+        del corpus.manifest["tasks"][task]
+    with pytest.raises(TransferError, match=r"(?s)task 'first': .*task 'full': .*task 'loo': "):
+        evaluate(run, corpus)
 
 
 def test_a_diverged_encoder_is_refused_by_name(
