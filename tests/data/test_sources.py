@@ -308,6 +308,22 @@ def test_values_of_parquet_that_are_none_are_malformed_rows(tmp_path, column, va
     assert frame.problem[1] == f"{tmp_path / 'l.parquet'}:2: {reason}"
 
 
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_texts_of_parquet_that_are_not_utf8(tmp_path, engine, dictionary):
+    """As written by programs that do not look at what they call text."""
+    raw = ["tea", "caf\udce9", None]
+    raw = pa.array([t and t.encode(errors="surrogateescape") for t in raw])
+    texts = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    rows = {k: [v] * 3 for k, v in ROWS[0].items()}
+    write(tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({**rows, "t": texts}), tmp_path / "b.parquet", use_dictionary=dictionary
+    )
+    with pytest.raises(CorpusError) as e:
+        read(table_source("*.parquet"), tmp_path, engine)
+    assert str(e.value) == f"{tmp_path / 'b.parquet'}: column 't' holds text not UTF-8"
+
+
 def test_names_of_parquet_that_an_engine_cannot_tell_apart_are_refused(tmp_path):
     for name in ("file_row_number", "FILE_row_number", "T", "#path"):
         write(tmp_path / "l.parquet", [{**r, name: "same"} for r in ROWS])

@@ -1,17 +1,19 @@
 """Rows of Parquet files: the engine reads them itself, so that any number of them will do."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scaling.data.corpus import CorpusError
-from scaling.data.engine import RESERVED, Engine
+from scaling.data.engine import CHUNK, RESERVED, Engine, Spark
 from scaling.data.sources.layout import FILE, LogTable, folder_values, require
-from scaling.data.sources.relational import Types, column_types, to_logs
+from scaling.data.sources.relational import Types, column_types, is_text, to_logs
 
 ROW, PATH, NUMBER, NAME = "#row", "#path", "#number", "#name"
 """Further columns: number of a row in its file, from 0; of the file: its path as the engine gives
@@ -35,8 +37,8 @@ def parquet_logs(
         files: their numbers among all, and their paths.
 
     Raises:
-        CorpusError: one is not Parquet, or a mapped column is missing or of a type that cannot hold
-            what it should.
+        CorpusError: one is not Parquet, a mapped column is missing or of a type that cannot hold
+            what it should, or a text in it is not UTF-8.
     """
     groups: dict[Any, _Group] = {}
     n_rows = 0
@@ -81,7 +83,39 @@ def _logs(engine: Engine, group: _Group, table: LogTable) -> Any:
     batch = pa.RecordBatch.from_pydict(columns)
     here = engine.load(f"source_files_{numbers[0]}", [batch], batch.schema)
     rows = rows.select(*(c for c in group.types if c not in around[0]), ROW, PATH)
+    texts = [c for c in rows.columns if c not in (ROW, PATH) and is_text(group.types[c])]
+    if texts and not _all_utf8(engine, rows, texts):
+        _refuse_foreign(paths, texts)
     rows = rows.join(here, PATH)
     where = rows[NAME] + ":" + (rows[ROW] + 1).cast("string") + ": "
     position = rows[NUMBER] * ibis.literal(FILE, "int64") + rows[ROW]
     return to_logs(rows, group.types, table, where, position)
+
+
+@ibis.udf.scalar.builtin  # type: ignore[untyped-decorator]
+def is_valid_utf8(text: str) -> bool:  # type: ignore[empty-body]
+    """Of Spark 4."""
+
+
+def _all_utf8(engine: Engine, rows: Any, texts: list[str]) -> bool:
+    """Whether texts are what Parquet says that they are: DuckDB would end at the first that is not,
+    and Spark hand it on."""
+    if isinstance(engine, Spark):
+        wrong = [(~is_valid_utf8(rows[c])).any() for c in texts]
+        return not any(engine.value(found) for found in wrong)
+    try:
+        engine.rows(rows.aggregate(**{c: rows[c].max() for c in texts}))
+    except duckdb.InvalidInputException:
+        return False
+    return True
+
+
+def _refuse_foreign(paths: Iterable[Path], texts: list[str]) -> None:
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(CHUNK, columns=texts):
+                for name in texts:
+                    try:
+                        batch[name].validate(full=True)
+                    except pa.ArrowInvalid:
+                        raise CorpusError(f"{path}: column {name!r} holds text not UTF-8") from None

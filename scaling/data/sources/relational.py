@@ -45,7 +45,7 @@ def column_types(where: Any, schema: pa.Schema, table: LogTable) -> Types:
             continue
         given = schema.field(column).type
         kind = given.value_type if types.is_dictionary(given) else given
-        fits: tuple[Callable[[Any], bool], ...] = (types.is_null, _is_text, _is_whole)
+        fits: tuple[Callable[[Any], bool], ...] = (types.is_null, is_text, _is_whole)
         holds = "text or whole numbers"
         if role in ("time", "rating"):
             fits += (types.is_float32, types.is_float64, _is_decimal)
@@ -61,7 +61,8 @@ def column_types(where: Any, schema: pa.Schema, table: LogTable) -> Types:
     return found
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether an Arrow type is one of texts."""
     return any(is_(kind) for is_ in (types.is_string, types.is_large_string, types.is_string_view))
 
 
@@ -156,7 +157,7 @@ def _shown(text: Any) -> Any:
 def _rating(raw: Any, kind: pa.DataType) -> tuple[Any, list[tuple[Any, Any]]]:
     """Ratings, null where they are none, and what is wrong with them."""
     text = raw.cast("string").nullif("")
-    if _is_text(kind):
+    if is_text(kind):
         number = _held(fits(text, NUMBER), text).try_cast("float64")
         wrong = text.notnull() & ~fits(text, f"{NUMBER}|{NO_NUMBER}")
         return _finite(number), [(wrong, ibis.literal("not a rating: ") + _shown(text))]
@@ -185,7 +186,7 @@ def _time(raw: Any, kind: pa.DataType, unit: str) -> tuple[Any, list[tuple[Any, 
             first, end = (ibis.literal(t, raw.type()) for t in ("1970-01-01", "2100-01-01"))
             time = _seconds(_held((raw >= first) & (raw < end), raw).truncate("s"))
         return time, [(time.isnull(), outside)]
-    if not _is_text(kind):
+    if not is_text(kind):
         time = _of_number(raw, UNITS[unit])
         return time, [(time.isnull(), told if _is_whole(kind) else outside)]
     # As in text files: a number, else ISO 8601. An engine rounds where it casts 1.5 to a whole.
