@@ -311,9 +311,11 @@ def test_csv_of_the_other_release_is_refused(tmp_path):
         ("A1,0000000011,5.0", "3 fields, not user,item,rating,time"),
         ("A1,0000000011,5.0,7,8", "5 fields, not user,item,rating,time"),
         (",0000000011,5.0,7", "no user"),
-        ("A1,0000000011,Zounds,7", "no numbers: text of 6 characters, '7'"),
-        ("A1,0000000011,5.0,7.5", "no numbers: '5.0', '7.5'"),
-        ("A1,0000000011,nan,7", "not a rating of 1 to 5: text of 3 characters"),
+        ("A1,0000000011,Zounds,7", "rating is no number: text of 6 characters"),
+        ("A1,0000000011,5.0,7.5", "time is no whole number: '7.5'"),
+        ("A1,0000000011,nan,7", "rating is no number: text of 3 characters"),
+        ("A1,0000000011,٣,7", "rating is no number: text of 1 characters"),
+        ("A1,0000000011,5.0,1_000", "time is no whole number: text of 5 characters"),
         ("A1,0000000011,5.0,-7", "not a time from 1970 to 2099: '-7'"),
     ],
 )
@@ -387,7 +389,8 @@ REASON = re.compile(
     r"(title|category|brand) is no text|"
     r"(the line|title|category|brand|asin|reviewerID) is not valid text|"
     r"overall is no number|unixReviewTime is no whole number|"
-    rf"(not a rating of 1 to 5|not a time from 1970 to 2099): {SHOWN}|no numbers: {SHOWN}, {SHOWN}|"
+    rf"(not a rating of 1 to 5|not a time from 1970 to 2099): {SHOWN}|"
+    rf"(rating is no number|time is no whole number): {SHOWN}|"
     r"\d+ fields, not (user,item|item,user),rating,time|"
     r"the item is no asin of 10 letters and digits; is it the other release\?"
 )

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from scaling.data.corpus import CorpusError
 from scaling.data.sources import TIMES, Log, source_config, source_module
-from scaling.data.sources.delimited import csv_rows, find, finite_number, unix_time
+from scaling.data.sources.delimited import csv_rows, find
+from scaling.data.sources.values import finite_number, unix_time
 
 # Of ours: sound tables of each kind, and a sound row of each. First those that name items.
 MOVIELENS_CSV = {
@@ -180,14 +181,15 @@ def test_times(text, time):
 
 
 @pytest.mark.parametrize(
-    "text", ["", " 1", "1e9", "²", "-1", "4102444800", "2100-01-01", "1_000_000", "2017-13-01"]
+    "text",
+    ["", " 1", "1e9", "²", "-1", "4102444800", "2100-01-01", "1_000_000", "2017-13-01", "2017-W28-5"],
 )
 def test_what_is_no_time(text):
     with pytest.raises(ValueError, match="not a time"):
         unix_time(text)
 
 
-@pytest.mark.parametrize("text", ["", "nan", "-inf", "1,5", "0x1", "one"])
+@pytest.mark.parametrize("text", ["", "nan", "-inf", "1,5", "0x1", "one", "1_000", "٣"])
 def test_what_is_no_number(text):
     with pytest.raises(ValueError, match="price is no number"):
         finite_number(text, "price")

@@ -118,7 +118,7 @@ def test_a_row_that_cannot_be_read_is_told(tmp_path, name, row, reason):
 def test_a_csv_that_is_not_utf_8_is_told_row_by_row(tmp_path):
     write(tmp_path, CSV, "latin-1")
     problem, *logs = read(tmp_path)
-    assert problem.problem == f"{tmp_path / 'movies.csv'}:3: not UTF-8"
+    assert problem.problem == f"{tmp_path / 'movies.csv'}:3: the line is not valid text"
     assert [log.text for log in logs] == [None, "Oak, The: A Story (1995)", None]
 
 

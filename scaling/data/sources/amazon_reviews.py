@@ -18,6 +18,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,8 +26,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from scaling.config import Frozen, Name
-from scaling.data.sources import TIMES, Log, resolve, shown
-from scaling.data.sources.lines import read_lines, whole
+from scaling.data.sources import Log, resolve, shown
+from scaling.data.sources.delimited import line_rows, parsed
+from scaling.data.sources.lines import read_lines
+from scaling.data.sources.values import finite_number, time_in_range, valid_text, whole_number
 
 MAX_LINE = 1 << 20
 """Longer lines are not parsed: a Python literal takes some hundred times its length in memory."""
@@ -81,36 +84,39 @@ def rows(config: Config, base: Path) -> Iterator[Log]:
         parse = _review
         if Path(path.name.removesuffix(".gz")).suffix == ".csv":
             parse = _rating_2014 if config.release == 2014 else _rating_2018
-        for row in _parsed(path, parse):
-            if isinstance(row, Log):
-                yield row
-            else:
-                user, item, rating, time = row
-                yield Log(user, name, item, texts.get(item), time, next(position), rating)
+        log = partial(_log, name, texts, position, parse)
+        yield from parsed(path, line_rows(read_lines(path)), log)
 
 
-def _parsed(path: Path, parse: Callable[[str], Any]) -> Iterator[Any]:
-    """What ``parse`` makes of each line that is not blank, or the problem that it has."""
-    for number, line in read_lines(path):
-        try:
-            if len(line) > MAX_LINE:
-                raise ValueError(f"a line of more than {MAX_LINE:,} characters")
-            yield parse(whole(line, "the line"))
-        except ValueError as e:
-            yield Log(problem=f"{path}:{number}: {e}")
+def _log(
+    service: str,
+    texts: dict[str, str],
+    position: Iterator[int],
+    parse: Callable[[str], tuple[str, str, float, int]],
+    line: int,
+    text: str,
+) -> Log:
+    user, item, rating, time = parse(_short(text))
+    return Log(user, service, item, texts.get(item), time, next(position), rating)
+
+
+def _short(line: str) -> str:
+    if len(line) > MAX_LINE:
+        raise ValueError(f"a line of more than {MAX_LINE:,} characters")
+    return line
 
 
 def _items(path: Path, config: Config, texts: dict[str, str]) -> Iterator[Log]:
     """Fill ``texts``, asin to text; yields the problems."""
     untitled: set[str] = set()
-    for row in _parsed(path, lambda line: _item(line, config)):
-        if isinstance(row, Log):
-            yield row
-            continue
-        asin, titled, text = row
+
+    def item(line: int, row: str) -> None:
+        asin, titled, text = _item(_short(row), config)
         if text and (asin not in texts or (titled and asin in untitled)):
             texts[asin] = text
             (untitled.discard if titled else untitled.add)(asin)
+
+    yield from parsed(path, line_rows(read_lines(path)), item)
 
 
 def _item(line: str, config: Config) -> tuple[str, bool, str]:
@@ -129,7 +135,7 @@ def _value(row: dict[str, Any], field: str) -> str:
     if not all(isinstance(w, str) for w in words):
         raise ValueError(f"{field} is no text")
     text = " ".join(w for w in words if w.strip() and not RUBBISH.search(w))
-    return whole(text, field)
+    return valid_text(text, field)
 
 
 def _review(line: str) -> tuple[str, str, float, int]:
@@ -140,7 +146,7 @@ def _review(line: str) -> tuple[str, str, float, int]:
         raise ValueError("overall is no number")
     if not isinstance(time, int) or isinstance(time, bool):
         raise ValueError("unixReviewTime is no whole number")
-    return user, item, _rating(rating), _time(time)
+    return user, item, _rating(rating), time_in_range(time, time)
 
 
 def _rating_2014(line: str) -> tuple[str, str, float, int]:
@@ -164,11 +170,8 @@ def _rated(user: str, item: str, rating: str, time: str) -> tuple[str, str, floa
         raise ValueError("the item is no asin of 10 letters and digits; is it the other release?")
     if not user:
         raise ValueError("no user")
-    try:
-        number, seconds = float(rating), int(time)
-    except ValueError:
-        raise ValueError(f"no numbers: {shown(rating)}, {shown(time)}") from None
-    return user, item, _rating(number), _time(seconds)
+    stars = _rating(finite_number(rating, "rating"))
+    return user, item, stars, time_in_range(whole_number(time, "time"), time)
 
 
 def _object(line: str, literal: bool = False) -> dict[str, Any]:
@@ -194,16 +197,10 @@ def _identity(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value:
         raise ValueError(f"no {key}")
-    return whole(value, key)
+    return valid_text(value, key)
 
 
 def _rating(value: float) -> float:
     if not 1 <= value <= 5:
         raise ValueError(f"not a rating of 1 to 5: {shown(value)}")
     return float(value)
-
-
-def _time(value: int) -> int:
-    if value not in TIMES:
-        raise ValueError(f"not a time from 1970 to 2099: {shown(value)}")
-    return value

@@ -19,8 +19,10 @@ from pydantic import Field
 
 from scaling.config import Frozen, Name
 from scaling.data.corpus import CorpusError
-from scaling.data.sources import TIMES, Log, resolve, shown
-from scaling.data.sources.lines import read_lines, whole
+from scaling.data.sources import Log, resolve, shown
+from scaling.data.sources.delimited import line_rows, parsed
+from scaling.data.sources.lines import read_lines
+from scaling.data.sources.values import time_in_range, valid_text
 
 
 class Config(Frozen):
@@ -47,17 +49,16 @@ def rows(config: Config, base: Path) -> Iterator[Log]:
     """
     services = tuple(config.titles)
     titles: dict[str, str] = {}
+
+    def titled(line: int, text: str) -> None:
+        asin, tab, title = text.partition("\t")
+        if not (tab and asin):
+            raise ValueError("not 'asin<TAB>title'")
+        titles.setdefault(asin, title)
+
     for name in config.titles.values():
         path = resolve(base, name)
-        for number, line in read_lines(path):
-            try:
-                asin, tab, title = whole(line, "the line").partition("\t")
-                if not (tab and asin):
-                    raise ValueError("not 'asin<TAB>title'")
-            except ValueError as e:
-                yield Log(problem=f"{path}:{number}: {e}")
-            else:
-                titles.setdefault(asin, title)
+        yield from parsed(path, line_rows(read_lines(path)), titled)
     items = _item_map(resolve(base, config.item_map), services)
     path = resolve(base, config.sequences)
     for number, line in read_lines(path):
@@ -67,7 +68,7 @@ def rows(config: Config, base: Path) -> Iterator[Log]:
                 item, time = _entry(entry)
                 if item not in items:
                     raise ValueError(f"unknown item {item}")
-                if not whole(user, "the user"):
+                if not valid_text(user, "the user"):
                     raise ValueError("no user")
             except ValueError as e:
                 yield Log(problem=f"{path}:{number}: {e}")
@@ -81,9 +82,7 @@ def _entry(entry: str) -> tuple[int, int]:
     if not re.fullmatch(r"[0-9]{1,18}\|-?[0-9]{1,18}", entry):
         raise ValueError(f"not 'item|unixtime': {shown(entry)}")
     item, time = map(int, entry.split("|"))
-    if time not in TIMES:
-        raise ValueError(f"not a time from 1970 to 2099: {time}")
-    return item, time
+    return item, time_in_range(time, time)
 
 
 def _item_map(path: Path, services: tuple[str, ...]) -> dict[int, tuple[str, str]]:
@@ -94,7 +93,7 @@ def _item_map(path: Path, services: tuple[str, ...]) -> dict[int, tuple[str, str
         for asin, (item, service) in raw.items():
             if not (isinstance(item, int) and isinstance(service, int) and service >= 0):
                 raise ValueError(f"{asin!r} is not [item, service]")
-            found[item] = (whole(asin, "an asin"), services[service])
+            found[item] = (valid_text(asin, "an asin"), services[service])
         return found
     except (ValueError, TypeError, AttributeError, IndexError) as e:
         raise CorpusError(

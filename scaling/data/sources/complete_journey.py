@@ -15,7 +15,8 @@ from typing import Literal
 
 from scaling.config import Frozen, Name
 from scaling.data.sources import Log, resolve, shown
-from scaling.data.sources.delimited import csv_rows, find, known, parsed, unix_time
+from scaling.data.sources.delimited import csv_rows, find, parsed
+from scaling.data.sources.values import known, unix_time
 
 PRODUCTS = ("product_id", "department", "product_category", "product_type")
 TRANSACTIONS = ("household_id", "product_id", "transaction_timestamp")

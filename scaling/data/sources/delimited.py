@@ -1,15 +1,13 @@
 """Rows of delimited text, and what a source makes of them: shared by the sources of public sets."""
 
 import csv
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import UTC, datetime
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from scaling.data.corpus import CorpusError
-from scaling.data.sources import TIMES, UNREADABLE, Log, open_text, shown
+from scaling.data.sources import UNREADABLE, Log, open_text
+from scaling.data.sources.values import valid_text
 
 Row = tuple[int, list[str] | str]
 """Line, from 1, and the row's values, or the reason why it has none."""
@@ -82,6 +80,11 @@ def column_places(path: Path, header: Sequence[str], columns: Sequence[str]) -> 
     return [header.index(c) for c in columns]
 
 
+def line_rows(lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
+    """Lines as rows of one value."""
+    return ((line, [text]) for line, text in lines)
+
+
 def parsed(
     path: Path,
     rows: Iterable[Row],
@@ -110,64 +113,9 @@ def parsed(
 
 def _valid(values: list[str], latin_1: bool) -> list[str]:
     try:
-        "".join(values).encode()
-    except UnicodeEncodeError:
+        valid_text("".join(values), "the line")
+    except ValueError:
         if not latin_1:
-            raise ValueError("not UTF-8") from None
+            raise
         return [v.encode(errors="surrogateescape").decode("latin-1") for v in values]
     return values
-
-
-def known(value: str, name: str) -> str:
-    """A text that must be there."""
-    if not value.strip():
-        raise ValueError(f"no {name}")
-    return value
-
-
-def number_id(value: str, name: str) -> str:
-    """An id that is a number."""
-    if not re.fullmatch(r"[0-9]{1,20}", value):
-        raise ValueError(f"{name} is no number: {shown(value)}" if value else f"no {name}")
-    return value
-
-
-def user_id(value: str) -> str:
-    """A user's id that is a number. It is not shown."""
-    if not re.fullmatch(r"[0-9]{1,20}", value):
-        raise ValueError("user is no number" if value else "no user")
-    return value
-
-
-def whole_number(value: str, name: str) -> int:
-    """A whole number."""
-    if not re.fullmatch(r"[+-]?[0-9]{1,18}", value):
-        raise ValueError(f"{name} is no whole number: {shown(value)}")
-    return int(value)
-
-
-def finite_number(value: str, name: str) -> float:
-    """A finite number."""
-    try:
-        found = float(value)
-    except ValueError:
-        found = float("nan")
-    if not isfinite(found):
-        raise ValueError(f"{name} is no number: {shown(value)}")
-    return found
-
-
-def unix_time(value: str) -> int:
-    """A time given in Unix seconds, or by ISO 8601 (UTC where it says no zone). [Unix s]"""
-    try:
-        if re.fullmatch(r"-?[0-9]{1,18}", value):
-            time = int(value)
-        else:
-            moment = datetime.fromisoformat(value)
-            moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-            time = int(moment.timestamp() // 1)
-    except (ValueError, OverflowError):
-        raise ValueError(f"not a time: {shown(value)}") from None
-    if time not in TIMES:
-        raise ValueError(f"not a time from 1970 to 2099: {shown(value)}")
-    return time

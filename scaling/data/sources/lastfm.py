@@ -12,15 +12,8 @@ from typing import Literal
 
 from scaling.config import Frozen, Name
 from scaling.data.sources import Log, resolve
-from scaling.data.sources.delimited import (
-    csv_rows,
-    find,
-    number_id,
-    parsed,
-    unix_time,
-    user_id,
-    whole_number,
-)
+from scaling.data.sources.delimited import csv_rows, find, parsed
+from scaling.data.sources.values import number_id, unix_time, user_id, whole_number
 
 BEGAN = 2002
 """Year in which Last.fm began (https://en.wikipedia.org/wiki/Last.fm); earlier dates are wrong."""

@@ -20,18 +20,3 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                     yield number, line
         except UNREADABLE as e:
             raise CorpusError(f"{path}: cannot be read to its end: {e}") from None
-
-
-def whole(text: str, what: str) -> str:
-    """The text, if it is of whole characters: lone surrogates come of bytes of another encoding,
-    and of JSON that has cut a pair.
-
-    Raises:
-        ValueError: it is not; ``what`` names it.
-    """
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{what} is not valid text") from None
-    return text

@@ -12,18 +12,9 @@ from typing import Literal
 
 from scaling.config import Frozen, Name
 from scaling.data.sources import Log, resolve
-from scaling.data.sources.delimited import (
-    Row,
-    csv_rows,
-    find,
-    finite_number,
-    known,
-    number_id,
-    parsed,
-    unix_time,
-    user_id,
-)
+from scaling.data.sources.delimited import Row, csv_rows, find, parsed
 from scaling.data.sources.lines import read_lines
+from scaling.data.sources.values import finite_number, known, number_id, unix_time, user_id
 
 RATINGS = ("userId", "movieId", "rating", "timestamp")
 MOVIES = ("movieId", "title", "genres")

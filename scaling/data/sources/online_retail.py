@@ -17,17 +17,8 @@ from typing import Any, Literal
 from scaling.config import Frozen, Name
 from scaling.data.corpus import CorpusError
 from scaling.data.sources import Log, resolve, shown
-from scaling.data.sources.delimited import (
-    Row,
-    column_places,
-    csv_rows,
-    find,
-    finite_number,
-    known,
-    parsed,
-    unix_time,
-    whole_number,
-)
+from scaling.data.sources.delimited import Row, column_places, csv_rows, find, parsed
+from scaling.data.sources.values import finite_number, known, unix_time, whole_number
 
 COLUMNS = (
     "InvoiceNo",

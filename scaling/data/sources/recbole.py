@@ -24,9 +24,10 @@ from pydantic import Field, model_validator
 
 from scaling.config import Frozen, Name
 from scaling.data.corpus import CorpusError
-from scaling.data.sources import TIMES, Log, resolve, shown
-from scaling.data.sources.delimited import finite_number, known
-from scaling.data.sources.lines import read_lines, whole
+from scaling.data.sources import Log, resolve
+from scaling.data.sources.delimited import line_rows, parsed
+from scaling.data.sources.lines import read_lines
+from scaling.data.sources.values import finite_number, known, time_in_range, valid_text
 
 HEADER = re.compile(r"\w+:(token|token_seq|float|float_seq)", re.ASCII)
 
@@ -131,34 +132,30 @@ class _Reader:
     def _texts(self, path: Path) -> Iterator[Log]:
         lines = read_lines(path)
         names = _header(path, lines, ("item_id", *self.fields))
-        for number, line in lines:
+
+        def texts(number: int, line: str) -> None:
             # As UniSRec reads it: text may hold tabs, and a row that ends early has none.
             values = dict(zip(names, line.split("\t", len(names) - 1), strict=False))
-            try:
-                whole(line, "the line")
-                item = known(values.get("item_id", ""), "item_id")
-            except ValueError as e:
-                yield Log(problem=f"{path}:{number}: {e}")
-                continue
+            item = known(values.get("item_id", ""), "item_id")
             text = ". ".join(v for f in self.fields if (v := values.get(f, "")).strip())
             if text.strip(" ."):  # UniSRec writes '.' for what is missing
                 self.texts.setdefault(item, text)
 
+        yield from parsed(path, line_rows(lines), texts)
+
     def _interactions(
         self, path: Path, lines: Iterator[tuple[int, str]], names: list[str]
     ) -> Iterator[Log]:
-        for number, line in lines:
-            try:
-                values = _fields(line, names)
-                user = known(values["user_id"], "user_id")
-                item = known(values["item_id"], "item_id")
-                rated = values.get("rating")
-                rating = finite_number(rated, "rating") if rated else None
-                time = _time(values["timestamp"]) if "timestamp" in values else None
-                log = self._log(user, item, time, rating)
-            except ValueError as e:
-                log = Log(problem=f"{path}:{number}: {e}")
-            yield log
+        def interaction(number: int, line: str) -> Log:
+            values = _fields(line, names)
+            user = known(values["user_id"], "user_id")
+            item = known(values["item_id"], "item_id")
+            rated, told = values.get("rating"), values.get("timestamp")
+            rating = finite_number(rated, "rating") if rated else None
+            time = None if told is None else time_in_range(finite_number(told, "timestamp"), told)
+            return self._log(user, item, time, rating)
+
+        return parsed(path, line_rows(lines), interaction)
 
     def _sequences(
         self, path: Path, lines: Iterator[tuple[int, str]], names: list[str]
@@ -232,15 +229,15 @@ def _header(path: Path, lines: Iterator[tuple[int, str]], required: tuple[str, .
 
 def _index(path: Path, raw: dict[str, str]) -> Iterator[Log]:
     """Fill ``raw``, number to raw id; yields the problems."""
-    for line, text in read_lines(path):
-        try:
-            values = _fields(text, ["raw id", "number"])
-            number = known(values["number"], "number")
-            if number in raw:
-                raise ValueError("its number is there twice")
-            raw[number] = known(values["raw id"], "raw id")
-        except ValueError as e:
-            yield Log(problem=f"{path}:{line}: {e}")
+
+    def entry(line: int, text: str) -> None:
+        values = _fields(text, ["raw id", "number"])
+        number = known(values["number"], "number")
+        if number in raw:
+            raise ValueError("its number is there twice")
+        raw[number] = known(values["raw id"], "raw id")
+
+    return parsed(path, line_rows(read_lines(path)), entry)
 
 
 def _raw(index: dict[str, str] | None, identity: str, key: str) -> str:
@@ -252,15 +249,7 @@ def _raw(index: dict[str, str] | None, identity: str, key: str) -> str:
 
 
 def _fields(line: str, names: list[str]) -> dict[str, str]:
-    values = whole(line, "the line").split("\t")
+    values = valid_text(line, "the line").split("\t")
     if len(values) != len(names):
         raise ValueError(f"{len(values)} fields, not {len(names)}")
     return dict(zip(names, values, strict=True))
-
-
-def _time(value: str) -> int:
-    """A time, which RecBole has as a real number. [Unix s]"""
-    time = int(finite_number(value, "timestamp"))
-    if time not in TIMES:
-        raise ValueError(f"not a time from 1970 to 2099: {shown(value)}")
-    return time

@@ -1,4 +1,5 @@
-"""Values of text files become those of a log."""
+"""What values must be to be text, numbers and times of a log: one rule for all that Python parses.
+It is that of ``layout``, by which engines read, too."""
 
 import math
 import re
@@ -67,6 +68,85 @@ def _plain_ratings(values: Sequence[str], joined: str) -> list[Any] | None:
     return numbers if all(map(math.isfinite, numbers)) else None
 
 
+def valid_text(text: str, what: str) -> str:
+    """The text, if it is of whole characters: lone surrogates come of bytes of another encoding,
+    and of JSON that has cut a pair.
+
+    Raises:
+        ValueError: it is not; ``what`` names it.
+    """
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{what} is not valid text") from None
+    return text
+
+
+def known(value: str, name: str) -> str:
+    """A text that must be there."""
+    if not value.strip():
+        raise ValueError(f"no {name}")
+    return value
+
+
+def number_id(value: str, name: str) -> str:
+    """An id that is a number."""
+    if not re.fullmatch(r"[0-9]{1,20}", value):
+        raise ValueError(f"{name} is no number: {shown(value)}" if value else f"no {name}")
+    return value
+
+
+def user_id(value: str) -> str:
+    """A user's id that is a number. It is not shown."""
+    if not re.fullmatch(r"[0-9]{1,20}", value):
+        raise ValueError("user is no number" if value else "no user")
+    return value
+
+
+def whole_number(value: str, name: str) -> int:
+    """A whole number."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", value):
+        raise ValueError(f"{name} is no whole number: {shown(value)}")
+    return int(value)
+
+
+def finite_number(value: str, name: str) -> float:
+    """A finite number."""
+    try:
+        found: float = _number(value, float)
+    except ValueError:
+        found = math.nan
+    if not math.isfinite(found):
+        raise ValueError(f"{name} is no number: {shown(value)}")
+    return found
+
+
+def time_in_range(time: float, value: object) -> int:
+    """A time in whole seconds, if it is in ``TIMES``; ``value`` is what it was read from."""
+    seconds = int(time // 1)
+    if seconds not in TIMES:
+        raise ValueError(f"{OUTSIDE}: {shown(value)}")
+    return seconds
+
+
+def unix_time(value: str) -> int:
+    """A time given in Unix seconds, or by ISO 8601 (UTC where it says no zone). [Unix s]"""
+    try:
+        time = int(value) if re.fullmatch(r"-?[0-9]{1,18}", value) else _iso(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"not a time: {shown(value)}") from None
+    return time_in_range(time, value)
+
+
+def _iso(value: str) -> int:
+    if not re.fullmatch(ISO, value):
+        raise ValueError
+    moment = datetime.fromisoformat(value)
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return int(moment.timestamp() // 1)
+
+
 def _text(column: str | None, required: str, value: Any) -> str | None:
     if value is None or value == "":
         if required:
@@ -75,13 +155,7 @@ def _text(column: str | None, required: str, value: Any) -> str | None:
     if isinstance(value, dict | list | bool | float):
         told = "" if required == "user" else f": {shown(value)}"
         raise ValueError(f"{column!r} is no text or whole number{told}")
-    text = str(value)
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{column!r} is not valid text") from None
-    return text
+    return valid_text(str(value), repr(column))
 
 
 def _number(value: Any, kind: Callable[[Any], Any]) -> Any:
@@ -111,11 +185,7 @@ def _time(column: str | None, time_unit: str, value: Any) -> int:
                 else:
                     raise TypeError
             except ValueError:
-                if not re.fullmatch(ISO, value):
-                    raise
-                moment = datetime.fromisoformat(value)
-                moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-                time = int(moment.timestamp() // 1)
+                time = _iso(value)
     except (ValueError, TypeError, OverflowError):
         raise ValueError(f"not a time: {shown(value)}") from None
     if time not in TIMES:
