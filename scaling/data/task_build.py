@@ -142,6 +142,7 @@ def write_task(
         _write_negatives(
             engine, name, config, users, touched, candidates, weights, folder / "negatives.npy"
         )
+    touched.path.unlink()
     if config.segments:
         before, recent = _behaviours(clean, name, file, users["uids"], users["bounds"])
         store.write_array(folder / "segment.npy", segment(before, recent, users["keys"]))
