@@ -182,7 +182,7 @@ def test_times(text, time):
 
 @pytest.mark.parametrize(
     "text",
-    ["", " 1", "1e9", "²", "-1", "4102444800", "2100-01-01", "1_000_000", "2017-13-01", "2017-W28-5"],
+    ["", " 1", "1e9", "²", "-1", "4102444800", "2100-01-01", "1_000", "2017-13-01", "2017-W28-5"],
 )
 def test_what_is_no_time(text):
     with pytest.raises(ValueError, match="not a time"):
