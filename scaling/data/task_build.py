@@ -118,6 +118,12 @@ def write_task(
             f"other logs that it asks for (service = {config.service!r}, form = {config.form!r})"
         )
     users = {column: np.concatenate(columns.pop(column)) for column in list(columns)}
+    ends = "ends" if config.form == "leave_one_out" else "lengths"  # of all targets, or of the one
+    if not any(users[f"{ends}/{s}"].reshape(len(users["keys"]), -1)[:, 0].any() for s in services):
+        raise CorpusError(
+            f"task {name!r}: no user has a log before the first target (cut = {cut!r}): "
+            "are all times alike?"
+        )
     for array, values in {
         "keys": users["keys"],
         "group": users["keys"] % np.uint64(GROUPS),

@@ -323,6 +323,15 @@ def test_one_text_on_most_items(tiny_corpus):
         prepare(root / "tiny.toml", root)
 
 
+def test_all_logs_at_one_time(tiny_corpus):
+    """A task whose histories are all empty is none."""
+    root = tiny_corpus()
+    rows = [r.split(",") for r in (root / "logs.csv").read_text().splitlines()[1:]]
+    write_logs(root, [f"{u},{s},{t},86400" for u, s, t, _ in rows])
+    with pytest.raises(CorpusError, match="task 'books': no user has a log before .* times alike?"):
+        prepare(root / "tiny.toml", root)
+
+
 def test_a_rate_needs_times(tiny_corpus):
     root = tiny_corpus()
     edited(root, ', time = "when"', "")

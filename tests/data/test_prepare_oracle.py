@@ -228,9 +228,13 @@ def able(service, users, history):
 
 
 def impossible(service, users, history, by_service):
-    """Whether nobody can be in the task, or somebody touched all but one of the items."""
-    touched = [{i for _, _, i in history[u, service]} for u in able(service, users, history)]
-    return not touched or max(map(len, touched)) > len(by_service[service]) - 2
+    """Whether nobody can be in the task, somebody touched all but one of the items, or nobody has
+    a log before the target."""
+    there = able(service, users, history)
+    touched = [{i for _, _, i in history[u, service]} for u in there]
+    logs = {u: [t for s in {service, *"ab"} for t, _, _ in history[u, s]] for u in there}
+    before = any(min(times) < history[u, service][-1][0] for u, times in logs.items())
+    return not before or max(map(len, touched)) > len(by_service[service]) - 2
 
 
 def check_task(task, service, users, history, by_service, choices):
