@@ -36,7 +36,7 @@ from scaling.data.corpus import (
 from scaling.data.engine import DuckDB, Engine, EngineName, Spark
 from scaling.data.recipe import CorpusFile, read_corpus_file
 from scaling.data.scratch import locked, scratch_folder
-from scaling.data.sources import source_files
+from scaling.data.sources import refuse_foreign, source_files
 from scaling.files import publish, sha256, write_json
 
 MEMORY_OF_CORE = 2 << 30
@@ -96,6 +96,8 @@ def prepare(
             f"{corpora}: {e.strerror or e} while preparing {corpus_file}; nothing was published"
         ) from e
     except duckdb.Error as e:
+        if isinstance(e, duckdb.InvalidInputException):
+            refuse_foreign(file.source, corpus_file.parent)
         # What it says of other errors may quote values of logs.
         told = isinstance(e, duckdb.IOException | duckdb.OutOfMemoryException)
         reason = str(e).partition("\n")[0] if told else f"DuckDB: {type(e).__name__}"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from scaling.config import ConfigError
@@ -328,7 +330,7 @@ def test_all_logs_at_one_time(tiny_corpus):
     root = tiny_corpus()
     rows = [r.split(",") for r in (root / "logs.csv").read_text().splitlines()[1:]]
     write_logs(root, [f"{u},{s},{t},86400" for u, s, t, _ in rows])
-    with pytest.raises(CorpusError, match="task 'books': no user has a log before .* times alike?"):
+    with pytest.raises(CorpusError, match=r"'books': no user has a log before .* times alike\?"):
         prepare(root / "tiny.toml", root)
 
 
@@ -547,6 +549,21 @@ def test_a_killed_preparation_is_cleared_away_by_the_next(tiny_corpus):
         made = prepare(root / "tiny.toml", root)
         assert left(root) == sorted({*before, alive.name, made.name})
     assert left(root) == sorted({*before, made.name})
+
+
+def test_texts_that_are_not_utf8_are_told(tiny_corpus):
+    """Of a database's error only what holds no value: which file and column it is of."""
+    root = tiny_corpus()
+    rows = [r.split(",") for r in (root / "logs.csv").read_text().splitlines()[1:]]
+    who, where, what, when = (pa.array(c) for c in zip(*rows, strict=True))
+    raw = [t.encode() for t in what.to_pylist()]
+    raw[7] = b"caf\xe9"
+    text = pa.Array.from_buffers(pa.string(), len(raw), pa.array(raw).buffers())
+    table = pa.table({"who": who, "where": where, "what": text, "when": when})
+    pq.write_table(table, root / "logs.parquet")
+    edited(root, "logs.csv", "logs.parquet")
+    with pytest.raises(CorpusError, match=r"logs.parquet: column 'what' holds text not UTF-8$"):
+        prepare(root / "tiny.toml", root)
 
 
 def test_an_error_of_the_database_is_told(tiny_corpus, monkeypatch):

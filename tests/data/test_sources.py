@@ -12,6 +12,7 @@ from operator import itemgetter
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -27,13 +28,14 @@ from scaling.data.sources import (
     LOG,
     SCHEMA,
     read_logs,
+    refuse_foreign,
     resolve,
     source_config,
     source_files,
     texts,
 )
 from scaling.data.sources.layout import Columns, LogTable
-from scaling.data.sources.text_rows import TextFile
+from scaling.data.sources.text_rows import MOST_LINES, TextFile
 
 COLUMNS = {"user": "u", "service": "s", "text": "t", "item": "i", "time": "w", "rating": "r"}
 
@@ -237,8 +239,22 @@ def test_users_are_not_shown(tmp_path):
 def test_a_torn_gzip_is_told(tmp_path):
     lines = b"u,s,t,i,w,r\n" + b"".join(b"7,a,tea%d,x,1,5\n" % i for i in range(5_000))
     (tmp_path / "l.csv.gz").write_bytes(gzip.compress(lines)[:-300])
-    frame = read(table_source("l.csv.gz"), tmp_path)
-    assert "cannot be read further" in frame.problem.dropna().iloc[0]
+    with pytest.raises(CorpusError, match=r"l.csv.gz: cannot be read to its end: Compressed file"):
+        read(table_source("l.csv.gz"), tmp_path)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_lines_in_a_stray_quote_are_lost_but_counted(tmp_path, closed):
+    """One that nothing closes, and two, between which all would be one long title."""
+    rows = [f"u{i},a,tea {i},x{i},1,5" for i in range(1_000)]
+    rows[300] = 'u300,a,"tea 300,x300,1,5'
+    if closed:
+        rows[800] = 'u800,a,tea 800",x800,1,5'
+    (tmp_path / "l.csv").write_text("\n".join(["u,s,t,i,w,r", *rows]) + "\n")
+    frame = read(table_source("l.csv"), tmp_path)
+    lost = range(300, 801 if closed else 1_000)
+    assert frame.user.dropna().tolist() == [f"u{i}" for i in range(1_000) if i not in lost]
+    assert len(frame.problem.dropna()) == len(lost)
 
 
 def test_parquet_with_types_and_missing_values(tmp_path):
@@ -319,8 +335,12 @@ def test_texts_of_parquet_that_are_not_utf8(tmp_path, engine, dictionary):
     pq.write_table(
         pa.table({**rows, "t": texts}), tmp_path / "b.parquet", use_dictionary=dictionary
     )
+    source = table_source("*.parquet")
+    with pytest.raises((CorpusError, duckdb.InvalidInputException)) as told:
+        read(source, tmp_path, engine)
     with pytest.raises(CorpusError) as e:
-        read(table_source("*.parquet"), tmp_path, engine)
+        refuse_foreign(source, tmp_path)
+    assert isinstance(told.value, duckdb.Error) or str(told.value) == str(e.value)
     assert str(e.value) == f"{tmp_path / 'b.parquet'}: column 't' holds text not UTF-8"
 
 
@@ -823,15 +843,22 @@ def test_blocks_of_csv_are_one_file(tmp_path_factory, rows, size):
     path.write_bytes(text.encode())
     expected = []
     with open(path, newline="", encoding="utf-8") as f:
-        reader = csv.reader(f)
+        reader = csv.reader(f, strict=True)
         header = next(reader)
-        line = reader.line_num + 1
-        for fields in reader:
-            if len(fields) != len(header) or not fields[0]:
+        while True:
+            line = reader.line_num + 1
+            try:
+                fields = next(reader)
+            except StopIteration:
+                break
+            except csv.Error:
+                fields = None
+            if fields is None or reader.line_num - line >= MOST_LINES:
+                expected += range(line, reader.line_num + 1)
+            elif len(fields) != len(header) or not fields[0]:
                 expected += [line] if fields else []
             else:
                 expected.append((fields[0], fields[1] or None))
-            line = reader.line_num + 1
     table = LogTable(files=("l.csv",), columns=Columns(user="u", text="t"), service="s")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "BLOCK", size)

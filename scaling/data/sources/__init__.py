@@ -111,6 +111,17 @@ def source_files(config: Any, base: Path) -> list[Path] | None:
     return None if files is None else sorted(files)
 
 
+def refuse_foreign(config: Any, base: Path) -> None:
+    """Look for what an engine could not read as text, where a source can tell.
+
+    Raises:
+        CorpusError: naming the file.
+    """
+    module = source_module(config.kind, "source")
+    if hasattr(module, "refuse_foreign"):
+        module.refuse_foreign(config, base)
+
+
 def read_logs(engine: Engine, config: Any, base: Path) -> ibis.Table:
     """Logs of a source with exactly the columns of ``LOG``, in its types."""
     module = source_module(config.kind, "source")

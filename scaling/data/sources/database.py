@@ -22,13 +22,13 @@ def database_files(table: LogTable, base: Path) -> list[Path] | None:
         CorpusError: there is no such file.
     """
     scheme, _, rest = (table.connection or "").partition("://")
-    if scheme != "duckdb":
+    if scheme not in ("duckdb", "sqlite"):
         return None
     path = resolve(base, rest)
     if not path.is_file():
         raise CorpusError(f"{path}: no such file")
-    log = path.with_name(path.name + ".wal")
-    return [path, log] if log.exists() else [path]
+    logs = (path.with_name(path.name + suffix) for suffix in (".wal", "-wal"))
+    return [path, *(log for log in logs if log.exists())]
 
 
 def table_logs(engine: Engine, table: LogTable, number: int, base: Path) -> tuple[Any, int]:
@@ -64,6 +64,8 @@ def _connect(table: LogTable, base: Path) -> Any:
     scheme = url.partition("://")[0].replace("postgresql", "postgres")
     try:
         if files := database_files(table, base):
+            if scheme == "sqlite":
+                return ibis.sqlite.connect(files[0])
             return ibis.duckdb.connect(files[0], read_only=True)
         return ibis.connect(url)
     except ImportError:

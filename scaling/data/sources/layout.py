@@ -151,8 +151,10 @@ def table_files(table: LogTable, base: Path) -> list[tuple[Path, str]]:
         path = resolve(base, pattern)
         magic = glob.has_magic(str(path)) and not path.exists()
         matches = sorted(map(Path, glob.glob(str(path), recursive=True))) if magic else [path]
-        if not matches or not matches[0].exists():
-            raise CorpusError(f"{path}: no such file")
+        for match in matches or [path]:
+            if not match.exists():
+                linked = f" (it links to {match.readlink()})" if match.is_symlink() else ""
+                raise CorpusError(f"{match}: no such file{linked}")
         for match in matches:
             kind = _format(match, table)
             if match.is_dir():

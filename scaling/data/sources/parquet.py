@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import ibis
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -84,8 +83,9 @@ def _logs(engine: Engine, group: _Group, table: LogTable) -> Any:
     here = engine.load(f"source_files_{numbers[0]}", [batch], batch.schema)
     rows = rows.select(*(c for c in group.types if c not in around[0]), ROW, PATH)
     texts = [c for c in rows.columns if c not in (ROW, PATH) and is_text(group.types[c])]
-    if texts and not _all_utf8(engine, rows, texts):
-        _refuse_foreign(paths, texts)
+    # DuckDB ends at the first text that is not UTF-8; Spark would hand it on.
+    if isinstance(engine, Spark) and not _all_utf8(engine, rows, texts):
+        refuse_foreign(paths, texts)
     rows = rows.join(here, PATH)
     where = rows[NAME] + ":" + (rows[ROW] + 1).cast("string") + ": "
     position = rows[NUMBER] * ibis.literal(FILE, "int64") + rows[ROW]
@@ -97,24 +97,26 @@ def is_valid_utf8(text: str) -> bool:  # type: ignore[empty-body]
     """Of Spark 4."""
 
 
-def _all_utf8(engine: Engine, rows: Any, texts: list[str]) -> bool:
-    """Whether texts are what Parquet says that they are: DuckDB would end at the first that is not,
-    and Spark hand it on."""
-    if isinstance(engine, Spark):
-        wrong = [(~is_valid_utf8(rows[c])).any() for c in texts]
-        return not any(engine.value(found) for found in wrong)
-    try:
-        engine.rows(rows.aggregate(**{c: rows[c].max() for c in texts}))
-    except duckdb.InvalidInputException:
-        return False
-    return True
+def _all_utf8(engine: Spark, rows: Any, texts: list[str]) -> bool:
+    wrong = [(~is_valid_utf8(rows[c])).any() for c in texts]
+    return not any(engine.value(found) for found in wrong)
 
 
-def _refuse_foreign(paths: Iterable[Path], texts: list[str]) -> None:
+def refuse_foreign(paths: Iterable[Path], texts: Iterable[str]) -> None:
+    """Look for texts that are not UTF-8, though Parquet says that they are.
+
+    Args:
+        texts: names of columns.
+
+    Raises:
+        CorpusError: there is one; the message names file and column.
+    """
     for path in paths:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(CHUNK, columns=texts):
-                for name in texts:
+            schema = file.schema_arrow
+            columns = [c for c in texts if c in schema.names and is_text(schema.field(c).type)]
+            for batch in file.iter_batches(CHUNK, columns=columns):
+                for name in columns:
                     try:
                         batch[name].validate(full=True)
                     except pa.ArrowInvalid:

@@ -14,10 +14,9 @@ from pydantic import model_validator
 from scaling.config import Frozen
 from scaling.data.corpus import CorpusError
 from scaling.data.engine import Engine
-from scaling.data.sources import SCHEMA
+from scaling.data.sources import SCHEMA, parquet
 from scaling.data.sources.database import database_files, table_logs
 from scaling.data.sources.layout import LogTable, refuse_secrets, table_files
-from scaling.data.sources.parquet import parquet_logs
 from scaling.data.sources.text_rows import TextFile
 from scaling.data.sources.texts import Found, text_batches
 
@@ -36,6 +35,8 @@ class Config(Frozen):
         for table in tables if isinstance(tables, list) else []:
             if isinstance(table, dict) and table.get("connection") is not None:
                 refuse_secrets(table["connection"])
+            if isinstance(table, dict) and "://" in str(table.get("files")):
+                raise ValueError("files are paths; the URL of a database is its connection")
         return data
 
     @model_validator(mode="after")
@@ -58,6 +59,17 @@ def files(config: Config, base: Path) -> list[Path] | None:
     return found
 
 
+def refuse_foreign(config: Config, base: Path) -> None:
+    """Look for texts of Parquet files that are not UTF-8.
+
+    Raises:
+        CorpusError: there is one; the message names file and column.
+    """
+    for table in config.tables:
+        found = table_files(table, base)
+        parquet.refuse_foreign((p for p, kind in found if kind == "parquet"), table.wanted)
+
+
 def logs(engine: Engine, config: Config, base: Path) -> ibis.Table:
     """Logs of all tables; rows that cannot be read have a ``problem``.
 
@@ -77,15 +89,15 @@ def logs(engine: Engine, config: Config, base: Path) -> ibis.Table:
             parts.append(part)
             number += 1
             continue
-        parquet = []
+        of_parquet = []
         for path, kind in table_files(table, base):
             found[number] = of
             if kind == "parquet":
-                parquet.append((number, path))
+                of_parquet.append((number, path))
             else:
                 texts.append(TextFile(number, path, kind, table))
             number += 1
-        more, of.rows = parquet_logs(engine, parquet, table)
+        more, of.rows = parquet.parquet_logs(engine, of_parquet, table)
         parts += more
     if texts:
         parts.append(engine.load("source_texts", text_batches(texts, found), SCHEMA))

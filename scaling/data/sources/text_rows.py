@@ -16,6 +16,9 @@ from scaling.data.sources import SCHEMA
 from scaling.data.sources.layout import LogTable, folder_values
 from scaling.data.sources.values import parsers
 
+MOST_LINES = 20
+"""Lines of a row of CSV. A stray quote makes one text of all up to the next quote: more lines are
+lost, and each is counted."""
 UTF8_MARK = b"\xef\xbb\xbf"
 
 
@@ -41,8 +44,6 @@ class Block:
     data: bytes
     first: bool = False
     last: bool = False
-    torn: str | None = None
-    """Why the file cannot be read behind them."""
 
 
 @dataclass
@@ -172,24 +173,30 @@ def _csv(block: Block, lines: list[str]) -> _Rows:
         yield from lines
         ended = True
 
-    reader = csv.reader(feed(), delimiter=delimiter(file))
+    reader = csv.reader(feed(), delimiter=delimiter(file), strict=True)
     if block.first:
         next(reader, None)
     found = _Rows({}, n_lines=len(lines))
     rows = []
     while True:
         line = reader.line_num
+        fields, reason = [], ""
         try:
             fields = next(reader)
         except StopIteration:
             break
         except csv.Error as e:
-            found.wrong(line, f"not CSV: {e}")
-            continue
+            reason = f"not CSV: {e}"
         if ended and not block.last:  # the parser asked for more lines
             found.n_lines, found.rest = line, "".join(lines[line:])
             break
-        if len(fields) == len(header):
+        span = reader.line_num - line
+        if span > MOST_LINES:
+            reason = f"in a quoted text of {span:,} lines; is a quote stray?"
+        if reason:
+            for i in range(span):
+                found.wrong(line + i, reason)
+        elif len(fields) == len(header):
             rows.append(fields)
             found.line.append(line)
             found.index.append(found.n)

@@ -30,7 +30,7 @@ from scaling.data.sources.text_rows import Block, Parsed, TextFile, batch_of, de
 BLOCK = 4 << 20
 """Bytes of text that are parsed at a time."""
 PIECE = 1 << 17
-"""Bytes read at a time: so many may be lost before the place where a gzip file is torn."""
+"""Bytes read at a time."""
 ALONE = 64 << 20
 """Bytes of all files up to which they are parsed in this process: others take a second to start."""
 FOREIGN = 10
@@ -106,7 +106,7 @@ def _in_order(
             return
         block, future = pending.popleft()
         parsed = future.result()
-        if parsed.rest and not block.torn:
+        if parsed.rest:
             if not pending:
                 start()
             following, started = pending.popleft()
@@ -143,8 +143,6 @@ def _logs(
         rows += parsed.rows
         lines += parsed.lines
         of.rows += parsed.rows
-        if block.torn:
-            problems.append((lines + 1, f"cannot be read further: {block.torn}"))
         if problems:
             yield batch_of({"problem": [f"{file.path}:{n}: {reason}" for n, reason in problems]})
         if parsed.unseen is not None:
@@ -181,9 +179,13 @@ def _open(path: Path) -> Any:
 
 
 def _blocks(file: TextFile) -> Iterator[Block]:
-    """A file in blocks. The last one may be empty."""
+    """A file in blocks. The last one may be empty.
+
+    Raises:
+        CorpusError: it cannot be read to its end.
+    """
     data = bytearray()
-    goal, first, torn = BLOCK, True, None
+    goal, first = BLOCK, True
     try:
         with _open(file.path) as f:
             while piece := f.read1(PIECE):
@@ -195,9 +197,8 @@ def _blocks(file: TextFile) -> Iterator[Block]:
                         first = False
                     goal = len(data) + BLOCK
     except UNREADABLE as e:
-        torn = str(e)
-        del data[_cut(data, False) :]
-    yield Block(file, bytes(data), first, torn is None, torn)
+        raise CorpusError(f"{file.path}: cannot be read to its end: {e}") from None
+    yield Block(file, bytes(data), first, last=True)
 
 
 def _cut(data: bytearray, quotes: bool) -> int:
