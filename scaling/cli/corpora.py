@@ -54,7 +54,7 @@ def prepare(
     ] = EngineChoice.duckdb,
     memory: Annotated[
         str | None,
-        typer.Option(help="Memory of DuckDB, such as 64GB; default: 2 GiB a core, at most half."),
+        typer.Option(help="Memory of DuckDB, such as 64GB; default: 1 GiB a core, at most half."),
     ] = None,
     as_json: Json = False,
 ) -> None:

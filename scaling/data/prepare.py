@@ -39,7 +39,7 @@ from scaling.data.scratch import locked, scratch_folder
 from scaling.data.sources import refuse_foreign, source_files
 from scaling.files import publish, sha256, write_json
 
-MEMORY_OF_CORE = 2 << 30
+MEMORY_OF_CORE = 1 << 30
 """Memory of the database for each core. [bytes]"""
 
 
@@ -119,7 +119,7 @@ def _engine(name: EngineName, folder: Path, memory: int | None) -> Engine:
 
 
 def memory_of_database() -> int:
-    """What the database may use where nobody says it [bytes]: 2 GiB for each core of this process,
+    """What the database may use where nobody says it [bytes]: 1 GiB for each core of this process,
     at most half of what the machine has or the process's control group (a Slurm job, a container)
     may use."""
     machine: int = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

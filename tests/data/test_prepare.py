@@ -385,15 +385,15 @@ def test_a_column_that_is_no_service(tiny_corpus):
 
 
 def test_memory_of_the_database(monkeypatch, tmp_path):
-    """Two GiB a core, at most half of what machine and control groups allow."""
+    """One GiB a core, at most half of what machine and control groups allow."""
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     monkeypatch.setattr("scaling.data.prepare._limits_of_groups", lambda: iter([]))
-    assert memory_of_database() == min(64 * 2**31, machine // 2)
+    assert memory_of_database() == min(64 * 2**30, machine // 2)
     monkeypatch.setattr("scaling.data.prepare._limits_of_groups", lambda: iter([6 * 2**30, 2**62]))
     assert memory_of_database() == 3 * 2**30
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
-    assert memory_of_database() == 2**31
+    assert memory_of_database() == 2**30
 
 
 def test_memory_is_no_key_of_spark(tiny_corpus):
