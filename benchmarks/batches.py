@@ -82,7 +82,8 @@ def make_corpus(path: Path, users: int, items: int, rng: np.random.Generator) ->
         n = _lognormal(rng, ITEMS_PER_USER, 1.0, users).clip(1)
         rank = np.exp(rng.random(n.sum()) * np.log(each + 1)).astype(np.int64) - 1
         numbered = s * each + rng.permutation(each)
-        store.write_ragged(path / "users" / name, n, numbered[rank.clip(0, each - 1)])
+        store.write_array(path / "users" / name / "offsets.npy", np.append(0, np.cumsum(n)))
+        store.write_array(path / "users" / name / "items.npy", numbered[rank.clip(0, each - 1)])
     manifest: dict[str, Any] = {
         **{key: kind() for key, kind in MANIFEST.items()},
         "schema_version": SCHEMA_VERSION,

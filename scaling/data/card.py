@@ -7,11 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling.config import MAX_ITEMS, MAX_TOKENS, CorpusCard, PoolConfig, short_digest
-from scaling.data.corpus import SPLITS, CorpusError, load_array
+from scaling.data.corpus import SPLITS, CorpusError, blocks, load_array
 from scaling.data.recipe import CorpusFile
 from scaling.packing import spans
-
-BLOCK = 1 << 22
 
 
 def corpus_card(
@@ -36,9 +34,8 @@ def corpus_card(
         items = load_array(folder / "users" / service / "items.npy")
         counts = np.diff(offsets[: n_users + 1].astype(np.int64))
         items_per_user[service] = _shares(np.bincount(counts, minlength=MAX_ITEMS + 1))
-        for start in range(0, int(offsets[n_users]), BLOCK):
-            block = items[start : min(start + BLOCK, int(offsets[n_users]))]
-            token_counts += np.bincount(lengths[block], minlength=MAX_TOKENS + 1)
+        for block in blocks(int(offsets[n_users])):
+            token_counts += np.bincount(lengths[items[block]], minlength=MAX_TOKENS + 1)
     pool = PoolConfig(size=splits["pool"], digest=_pool_digest(file, folder, splits))
     return CorpusCard(
         name=file.name,

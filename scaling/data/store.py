@@ -55,12 +55,6 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
             f.write(flat[start : start + BLOCK].astype(dtype).data)
 
 
-def write_ragged(folder: Path, lengths: NDArray[np.int64], items: NDArray[np.int64]) -> None:
-    """Write ``offsets.npy`` and ``items.npy`` of rows given by lengths and items in a row."""
-    write_array(folder / "offsets.npy", np.concatenate([np.zeros(1, np.int64), lengths.cumsum()]))
-    write_array(folder / "items.npy", items)
-
-
 class Spool:
     """Entries that come block by block, in a scratch file until their number and size are known.
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 from ibis import _
 from numpy.typing import NDArray
 
-from scaling.data import store
+from scaling.data import store, tasks
 from scaling.data.corpus import CorpusError, load_array
 from scaling.data.engine import Engine
 from scaling.data.logs import MONTH, CleanLogs
@@ -206,7 +206,7 @@ def _write_negatives(
     drawn = store.Spool(engine.folder / f"task_{name}_negatives", int(candidates.max()), shape)
     counts = users["touched"]
     ends = np.cumsum(counts)
-    for part in user_blocks(counts + config.targets * config.negatives):
+    for part in user_blocks(counts + config.targets * config.negatives, tasks.PART):
         user = np.repeat(np.arange(part.stop - part.start), counts[part])
         item = touched.read(int(ends[part.start] - counts[part.start]), int(ends[part.stop - 1]))
         keys = users["keys"][part]

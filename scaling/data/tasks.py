@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling.data.batches import latest, pack_items
-from scaling.data.corpus import Corpus, CorpusError, blocks, load_array
+from scaling.data.corpus import Corpus, CorpusError, blocks, load_array, refuse
 from scaling.data.task_forms import SEGMENTS
 from scaling.files import read_json
 from scaling.packing import PackedBatch, spans
@@ -194,14 +194,13 @@ class Task:
             self._pretrained(trained, pretrained),
             self._by_blocks(partial(self._leaks, len(item_service), unique)),
         ):
-            if lines := "\n".join(f"{self.path}: {fault}" for fault in dict.fromkeys(faults)):
-                raise CorpusError(lines)
+            refuse(f"{self.path}: {fault}" for fault in dict.fromkeys(faults))
 
     def _by_blocks(self, check: Callable[[slice], Iterator[str]]) -> Iterator[str]:
         entries = np.full(self.n_users, self.targets.shape[1] * (1 + self.negatives.shape[2]))
         for offsets, _ in self._history.values():
             entries += _lengths(offsets)
-        for users in user_blocks(entries):
+        for users in user_blocks(entries, PART):
             yield from check(users)
 
     def _misfits(self, service: int, item_service: NDArray[Any]) -> Iterator[str]:
@@ -293,8 +292,8 @@ class Task:
                     yield f"a history before target {t + 1} has the item of a target after it"
 
 
-def user_blocks(entries: Ints) -> Iterator[slice]:
-    """Users one after another, as many at a time as have ``PART`` entries, or one.
+def user_blocks(entries: Ints, size: int) -> Iterator[slice]:
+    """Users one after another, as many at a time as have ``size`` entries, or one.
 
     Args:
         entries: of each user. [users]
@@ -302,7 +301,7 @@ def user_blocks(entries: Ints) -> Iterator[slice]:
     ends, start = np.cumsum(entries), 0
     while start < len(ends):
         done = ends[start] - entries[start]
-        stop = max(start + 1, int(np.searchsorted(ends, done + PART, side="right")))
+        stop = max(start + 1, int(np.searchsorted(ends, done + size, side="right")))
         yield slice(start, stop)
         start = stop
 

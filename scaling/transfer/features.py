@@ -15,7 +15,7 @@ from torch import Tensor
 from scaling import ClueError
 from scaling.data.batches import pack_items
 from scaling.data.corpus import Corpus
-from scaling.data.tasks import Task, make_history_batch
+from scaling.data.tasks import Task, make_history_batch, user_blocks
 from scaling.models.clue import ContrastiveEncoder
 
 Ints = NDArray[np.int64]
@@ -84,10 +84,5 @@ def _chunks(task: Task, services: Sequence[str], items_per_user: int) -> Iterato
         offsets = task.history(service)[0].astype(np.int64)
         lengths += np.minimum(np.diff(offsets), items_per_user)
     users = np.flatnonzero(lengths)
-    ends = np.cumsum(lengths[users])
-    start = 0
-    while start < len(users):
-        done = ends[start] - lengths[users[start]]
-        stop = max(start + 1, int(np.searchsorted(ends, done + CHUNK_ITEMS, side="right")))
-        yield users[start:stop]
-        start = stop
+    for part in user_blocks(lengths[users], CHUNK_ITEMS):
+        yield users[part]

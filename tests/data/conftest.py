@@ -15,8 +15,9 @@ import pytest
 from scaling.data.card import corpus_card
 from scaling.data.corpus import Corpus, content_digest, task_digest
 from scaling.data.engine import DuckDB, Engine, Spark
+from scaling.data.prepare import find_prepared
 from scaling.files import sha256
-from tests.conftest import missing
+from tests.conftest import TinyCorpus, missing
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +53,13 @@ def engine(
     kind: Any = {"duckdb": DuckDB, "spark": Spark}[request.param]
     with closing(kind(tmp_path_factory.mktemp("scratch"))) as opened:
         yield opened
+
+
+@pytest.fixture
+def corpus(tiny_corpus: TinyCorpus) -> Corpus | None:
+    """A prepared tiny corpus."""
+    root = tiny_corpus()
+    return find_prepared(root, root / "tiny.toml")
 
 
 @pytest.fixture

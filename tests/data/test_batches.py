@@ -15,15 +15,8 @@ from scaling.data import batches as batches_module
 from scaling.data import corpus as corpus_module
 from scaling.data.batches import Batches, make_batch, pack_items, step_users
 from scaling.data.corpus import Corpus, CorpusError
-from scaling.data.prepare import find_prepared
 
 sizes = st.tuples(st.integers(2, 60), st.integers(1, 60)).filter(lambda s: s[1] <= s[0])
-
-
-@pytest.fixture
-def corpus(tiny_corpus):
-    root = tiny_corpus()
-    return find_prepared(root, root / "tiny.toml")
 
 
 def config(corpus, **data):

@@ -12,15 +12,8 @@ from scaling.cli import app
 from scaling.data import corpus as store
 from scaling.data import verify
 from scaling.data.corpus import Corpus, CorpusError, load_array
-from scaling.data.prepare import find_prepared
 from scaling.data.tasks import Task
 from scaling.files import RecordError
-
-
-@pytest.fixture
-def corpus(tiny_corpus):
-    root = tiny_corpus()
-    return find_prepared(root, root / "tiny.toml")
 
 
 @pytest.fixture

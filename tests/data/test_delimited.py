@@ -57,6 +57,22 @@ EACH_TABLE = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_lines_in_a_stray_quote_are_lost_but_counted(tmp_path, closed):
+    """One that nothing closes, and two, between which all would be one long title."""
+    rows = [f"{i},tea {i}" for i in range(100)]
+    rows[30] = '30,"tea 30'
+    if closed:
+        rows[80] = '80 tea"'
+    (tmp_path / "t.csv").write_text("\n".join(["id,title", *rows]) + "\n")
+    found = list(csv_rows(tmp_path / "t.csv", ("id", "title")))
+    lost = range(30, 81 if closed else 100)
+    assert [line for line, _ in found] == [i + 2 for i in range(100)]
+    assert [values for _, values in found if not isinstance(values, str)] == [
+        [str(i), f"tea {i}"] for i in range(100) if i not in lost
+    ]
+
+
 def names_items(table, name):
     return name in NAMES_ITEMS and not (table["kind"] == "movielens" and name == "tags.dat")
 

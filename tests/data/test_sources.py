@@ -34,8 +34,9 @@ from scaling.data.sources import (
     source_files,
     texts,
 )
+from scaling.data.sources.delimited import MOST_LINES
 from scaling.data.sources.layout import Columns, LogTable
-from scaling.data.sources.text_rows import MOST_LINES, TextFile
+from scaling.data.sources.text_rows import TextFile
 
 COLUMNS = {"user": "u", "service": "s", "text": "t", "item": "i", "time": "w", "rating": "r"}
 

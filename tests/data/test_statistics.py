@@ -30,12 +30,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def corpus(tiny_corpus):
-    root = tiny_corpus()
-    return find_prepared(root, root / "tiny.toml")
-
-
-@pytest.fixture
 def small_blocks(monkeypatch):
     """Every loop over blocks takes many turns, and one that is not whole."""
     monkeypatch.setattr(store.blocks, "__defaults__", (7,))

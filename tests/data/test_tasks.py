@@ -8,16 +8,10 @@ from hypothesis import strategies as st
 
 from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.negatives import draw_negatives
-from scaling.data.prepare import find_prepared, prepare
+from scaling.data.prepare import prepare
 from scaling.data.task_config import TaskConfig
 from scaling.data.task_forms import DAY, TaskLogs, choose, cut_of
 from scaling.data.tasks import Task, make_history_batch, user_blocks
-
-
-@pytest.fixture
-def corpus(tiny_corpus):
-    root = tiny_corpus()
-    return find_prepared(root, root / "tiny.toml")
 
 
 def task_config(**keys):
@@ -320,9 +314,7 @@ def put(task, service, user, item):
 
 @given(st.lists(st.integers(0, 20), max_size=30))
 def test_blocks_hold_whole_users_and_no_more_entries_than_a_part(entries):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scaling.data.tasks.PART", 12)
-        found = list(user_blocks(np.array(entries, np.int64)))
+    found = list(user_blocks(np.array(entries, np.int64), 12))
     assert [u for b in found for u in range(b.start, b.stop)] == list(range(len(entries)))
     for block, after in itertools.zip_longest(found, found[1:]):
         held = sum(entries[block])

@@ -9,6 +9,8 @@ from scaling.data.corpus import CorpusError
 from scaling.data.sources import UNREADABLE, Log, open_text
 from scaling.data.sources.values import valid_text
 
+MOST_LINES = 20
+"""Lines of a record of CSV; more are lost to a stray quote."""
 Row = tuple[int, list[str] | str]
 """Line, from 1, and the row's values, or the reason why it has none."""
 
@@ -26,6 +28,31 @@ def find(folder: Path, *names: str) -> Path:
     raise CorpusError(f"{folder}: holds no {' or '.join(names)}, plain or .gz")
 
 
+def csv_records(reader: Any, wrong: str) -> Iterator[tuple[int, int, list[str], str]]:
+    """Records of a strict ``csv.reader``.
+
+    Args:
+        wrong: what is said of a record before the reader's own reason.
+
+    Yields:
+        Lines before it, lines of it, its fields, and what is wrong with it: '' if nothing. A stray
+        quote makes one text of all lines up to the next quote, which may be somebody else's.
+    """
+    while True:
+        line = reader.line_num
+        fields, reason = [], ""
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as e:
+            reason = f"{wrong}: {e}"
+        span = reader.line_num - line
+        if span > MOST_LINES:
+            reason = f"in a quoted text of {span:,} lines; is a quote stray?"
+        yield line, span, fields, reason
+
+
 def csv_rows(path: Path, columns: Sequence[str], *, tabs: bool = False) -> Iterator[Row]:
     """Rows of a table with a header.
 
@@ -37,6 +64,7 @@ def csv_rows(path: Path, columns: Sequence[str], *, tabs: bool = False) -> Itera
         CorpusError: the file is missing or torn, or lacks a column.
     """
     form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    form["strict"] = True
     with open_text(path, "utf-8-sig") as f:
         reader = csv.reader(f, **form)
         try:
@@ -46,21 +74,16 @@ def csv_rows(path: Path, columns: Sequence[str], *, tabs: bool = False) -> Itera
         except UNREADABLE as e:
             raise CorpusError(f"{path}: cannot be read: {e}") from None
         places = column_places(path, header, columns)
-        while True:
-            line = reader.line_num + 1
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as e:
-                yield line, f"no row: {e}"
-                continue
-            except UNREADABLE as e:
-                raise CorpusError(f"{path}: cannot be read to its end: {e}") from None
-            if len(fields) == len(header):
-                yield line, [fields[i] for i in places]
-            elif fields:
-                yield line, f"{len(fields)} fields, the header has {len(header)}"
+        try:
+            for line, span, fields, reason in csv_records(reader, "no row"):
+                if reason:  # every line is lost, and each is counted
+                    yield from ((line + i + 1, reason) for i in range(span))
+                elif len(fields) == len(header):
+                    yield line + 1, [fields[i] for i in places]
+                elif fields:
+                    yield line + 1, f"{len(fields)} fields, the header has {len(header)}"
+        except UNREADABLE as e:
+            raise CorpusError(f"{path}: cannot be read to its end: {e}") from None
 
 
 def column_places(path: Path, header: Sequence[str], columns: Sequence[str]) -> list[int]:

@@ -84,7 +84,7 @@ def _logs(engine: Engine, group: _Group, table: LogTable) -> Any:
     rows = rows.select(*(c for c in group.types if c not in around[0]), ROW, PATH)
     texts = [c for c in rows.columns if c not in (ROW, PATH) and is_text(group.types[c])]
     # DuckDB ends at the first text that is not UTF-8; Spark would hand it on.
-    if isinstance(engine, Spark) and not _all_utf8(engine, rows, texts):
+    if texts and isinstance(engine, Spark) and not _all_utf8(engine, rows, texts):
         refuse_foreign(paths, texts)
     rows = rows.join(here, PATH)
     where = rows[NAME] + ":" + (rows[ROW] + 1).cast("string") + ": "
@@ -98,8 +98,8 @@ def is_valid_utf8(text: str) -> bool:  # type: ignore[empty-body]
 
 
 def _all_utf8(engine: Spark, rows: Any, texts: list[str]) -> bool:
-    wrong = [(~is_valid_utf8(rows[c])).any() for c in texts]
-    return not any(engine.value(found) for found in wrong)
+    (wrong,) = engine.rows(rows.aggregate(**{c: (~is_valid_utf8(rows[c])).any() for c in texts}))
+    return not any(wrong.values())
 
 
 def refuse_foreign(paths: Iterable[Path], texts: Iterable[str]) -> None:

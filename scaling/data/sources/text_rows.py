@@ -13,12 +13,10 @@ from typing import Any
 import pyarrow as pa
 
 from scaling.data.sources import SCHEMA
+from scaling.data.sources.delimited import csv_records
 from scaling.data.sources.layout import LogTable, folder_values
 from scaling.data.sources.values import parsers
 
-MOST_LINES = 20
-"""Lines of a row of CSV. A stray quote makes one text of all up to the next quote: more lines are
-lost, and each is counted."""
 UTF8_MARK = b"\xef\xbb\xbf"
 
 
@@ -178,22 +176,11 @@ def _csv(block: Block, lines: list[str]) -> _Rows:
         next(reader, None)
     found = _Rows({}, n_lines=len(lines))
     rows = []
-    while True:
-        line = reader.line_num
-        fields, reason = [], ""
-        try:
-            fields = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as e:
-            reason = f"not CSV: {e}"
+    for line, span, fields, reason in csv_records(reader, "not CSV"):
         if ended and not block.last:  # the parser asked for more lines
             found.n_lines, found.rest = line, "".join(lines[line:])
             break
-        span = reader.line_num - line
-        if span > MOST_LINES:
-            reason = f"in a quoted text of {span:,} lines; is a quote stray?"
-        if reason:
+        if reason:  # every line is lost, and each is counted
             for i in range(span):
                 found.wrong(line + i, reason)
         elif len(fields) == len(header):
