@@ -18,8 +18,8 @@ from scipy.stats import kendalltau
 from typer.testing import CliRunner
 
 from scaling.cli import app
-from scaling.data import card, statistics, tokenizer, verify
 from scaling.data import corpus as store
+from scaling.data import statistics, tokenizer, verify
 from scaling.data.corpus import Corpus
 from scaling.data.domains import VARIANTS, compare, tau_b
 from scaling.data.prepare import find_prepared, prepare
@@ -371,7 +371,7 @@ def test_memory_does_not_grow_with_the_behaviours(corpus, enlarged, monkeypatch)
     big = enlarged(corpus, n_users=16_384, logs=256)
     n = sum(len(big.users(s)[1]) for s in big.card.services)
     assert n > 8_000_000
-    for module in (card, statistics, verify):
+    for module in (statistics, verify):
         monkeypatch.setattr(module, "BLOCK", 1 << 14)
     monkeypatch.setattr(store.blocks, "__defaults__", (1 << 14,))
     for look in (lambda: survey(big, 16, 128), lambda: compare([big]), big.verify):
