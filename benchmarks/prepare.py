@@ -91,7 +91,7 @@ def make_logs(folder: Path, behaviours: int) -> None:
 # --- the two sides, each in a process of its own --------------------------------------------------
 
 
-def ours(folder: Path, root: Path, engine: str) -> None:
+def ours(folder: Path, root: Path, engine: str, memory: int) -> None:
     """Prepare the corpus; print the seconds of every stage."""
     began: list[tuple[str, float]] = []
     start = time.perf_counter()
@@ -99,6 +99,7 @@ def ours(folder: Path, root: Path, engine: str) -> None:
         folder / "corpus.toml",
         root,
         engine="spark" if engine == "spark" else "duckdb",
+        memory=None if engine == "spark" else memory,
         progress=lambda done, total, stage: began.append((stage, time.perf_counter())),
     )
     end = time.perf_counter()
@@ -107,13 +108,13 @@ def ours(folder: Path, root: Path, engine: str) -> None:
     report(end - start, path=str(path), stages=stages)
 
 
-def floor(folder: Path, root: Path) -> None:
+def floor(folder: Path, root: Path, memory: int) -> None:
     """Sort the table and encode its distinct texts with the corpus's tokenizer."""
     (made,) = (root / "corpora").glob("bench-*")
     bpe = tokenizer.load(made / "tokenizer.json")
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        engine = DuckDB(Path(scratch), memory_of_database())
+        engine = DuckDB(Path(scratch), memory)
         logs = f"read_parquet('{folder}/logs.parquet')"
         order = 'ORDER BY "user", service, time'
         engine.con.raw_sql(f"COPY (FROM {logs} {order}) TO '{scratch}/sorted.parquet'")
@@ -134,9 +135,10 @@ def report(seconds: float, **more: Any) -> None:
     print(json.dumps({"s": seconds, "cpu_s": cpu, "rss_gb": usage.ru_maxrss / 1e6, **more}))
 
 
-def in_process(side: str, folder: Path, root: Path) -> dict[str, Any]:
+def in_process(side: str, folder: Path, root: Path, memory: int) -> dict[str, Any]:
     """Run one side; its report, and the most that its scratch folder held on disk."""
     call = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--root", str(root)]
+    call += ["--memory", str(memory)]
     submit = "--driver-memory 4g --conf spark.ui.enabled=false pyspark-shell"
     process = subprocess.Popen(
         call,
@@ -171,27 +173,29 @@ def _sizes(folder: Path) -> Iterator[int]:
 # --- the comparison -------------------------------------------------------------------------------
 
 
-def compare(folder: Path, behaviours: int, repeats: int, spark: bool) -> dict[str, Any]:
+def compare(
+    folder: Path, behaviours: int, repeats: int, spark: bool, memory: int
+) -> dict[str, Any]:
     """Measure both sides in turn."""
     say(f"making {behaviours:,} behaviours")
     make_logs(folder, behaviours)
     prepared, floors = [], []
     for i in range(repeats):
         root = folder / f"root{i}"
-        prepared.append(in_process("duckdb", folder, root))
+        prepared.append(in_process("duckdb", folder, root, memory))
         say(f"ours {prepared[-1]['s']:.1f} s, {prepared[-1]['rss_gb']:.2f} GB")
-        floors.append(in_process("floor", folder, root))
+        floors.append(in_process("floor", folder, root, memory))
         say(f"floor {floors[-1]['s']:.1f} s {floors[-1]['stages']}")
     small = folder / "small"
     small.mkdir()
     make_logs(small, behaviours // 5)
-    fifth = in_process("duckdb", small, small / "root")
+    fifth = in_process("duckdb", small, small / "root", memory)
     corpus = Corpus.open(Path(prepared[-1]["path"]))
     middle = sorted(prepared, key=lambda r: r["s"])[len(prepared) // 2]
     found: dict[str, Any] = {
         "behaviours": behaviours,
         "cores": len(os.sched_getaffinity(0)),
-        "database_gb": memory_of_database() / 1e9,
+        "database_gb": memory / 1e9,
         "ours_s": statistics.median(r["s"] for r in prepared),
         "floor_s": statistics.median(r["s"] for r in floors),
         "time_over_floor": statistics.median(
@@ -207,7 +211,7 @@ def compare(folder: Path, behaviours: int, repeats: int, spark: bool) -> dict[st
         "paper_one_machine": project(behaviours, middle),
     }
     if spark:
-        found["spark"] = on_spark(small, behaviours // 5, fifth["path"])
+        found["spark"] = on_spark(small, behaviours // 5, fifth["path"], memory)
     return found
 
 
@@ -247,14 +251,14 @@ def project(behaviours: int, measured: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def on_spark(folder: Path, behaviours: int, expected: str) -> dict[str, Any]:
+def on_spark(folder: Path, behaviours: int, expected: str, memory: int) -> dict[str, Any]:
     """The same program on Spark, all cores of this machine; what a behaviour costs is the slope
     between two sizes, since starting Spark and its jobs costs the same at any size."""
-    measured = in_process("spark", folder, folder / "root_spark")
+    measured = in_process("spark", folder, folder / "root_spark", memory)
     few = folder / "few"
     few.mkdir()
     make_logs(few, behaviours // 5)
-    less = in_process("spark", few, few / "root")
+    less = in_process("spark", few, few / "root", memory)
     cores = len(os.sched_getaffinity(0))
     slope = (measured["s"] - less["s"]) / (behaviours - behaviours // 5)
     return {
@@ -295,17 +299,20 @@ def main() -> None:
     parser.add_argument("--spark", action="store_true", help="run a fifth of them on Spark, too")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument(
+        "--memory", type=int, default=memory_of_database(), help="of the database [bytes]"
+    )
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=["duckdb", "spark", "floor"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side == "floor":
-        floor(args.folder, args.root)
+        floor(args.folder, args.root, args.memory)
     elif args.side:
-        ours(args.folder, args.root, args.side)
+        ours(args.folder, args.root, args.side, args.memory)
     else:
         behaviours, repeats = (4_000_000, 1) if args.quick else (args.behaviours, args.repeats)
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            found = compare(Path(folder), behaviours, repeats, args.spark)
+            found = compare(Path(folder), behaviours, repeats, args.spark, args.memory)
         print(json.dumps(found) if args.json else table(found))
 
 
