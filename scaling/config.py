@@ -163,6 +163,11 @@ class PoolConfig(Frozen):
     """Digest of the pool's users and their logs."""
 
 
+ADDED: dict[str, Any] = {"gather": "exact", "gather_ranks": None, "distinct_items": False}
+"""Fields of ``RunConfig`` that the first runs did not have, with the value they ran under. It is
+part of the definition of ``run_key``: never change a value, whatever becomes of the default."""
+
+
 class RunConfig(Frozen):
     """Everything that decides the numbers of a run."""
 
@@ -179,8 +184,16 @@ class RunConfig(Frozen):
     pool: PoolConfig
     evaluations: Count = 20
     """Evenly spaced evaluations on the pool, the last at the last step."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the encoder; loss and optimiser are always in fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the encoder; loss and optimiser are always in fp32. fp16 scales the loss."""
+    gather: Literal["exact", "detached", "local", "none"] = "exact"
+    """Which gradients cross ranks (``scaling.train.contrast``); the paper's wording fits
+    ``detached`` or ``local``."""
+    gather_ranks: Count | None = None
+    """Ranks of a run whose ``gather`` is not ``exact``: its numbers depend on them."""
+    distinct_items: StrictBool = False
+    """Encode every distinct item of a rank's batch once a step. Where dropout is off this changes
+    nothing; where it is on, all logs that hold an item share its mask."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**31)] = 0
     """Seed of initialisation, dropout and data order."""
 
@@ -192,12 +205,43 @@ class RunConfig(Frozen):
             )
         if self.evaluations > self.steps:
             raise ValueError(f"evaluations = {self.evaluations} exceeds steps = {self.steps}")
+        if (self.gather == "exact") != (self.gather_ranks is None):
+            raise ValueError(
+                f"gather = {self.gather!r} with gather_ranks = {self.gather_ranks}: give the "
+                "number of ranks with 'detached', 'local' and 'none', and not with 'exact'"
+            )
+        if self.gather_ranks is not None:
+            share, left = divmod(self.batch_size, self.gather_ranks)
+            if left:
+                raise ValueError(
+                    f"gather_ranks = {self.gather_ranks} does not divide "
+                    f"batch_size = {self.batch_size}"
+                )
+            inside, across = share % self.negatives == 0, self.negatives % share == 0
+            if self.gather == "none" and not inside:
+                raise ValueError(
+                    f"gather = 'none': negatives = {self.negatives} does not divide the {share} "
+                    "users of a rank"
+                )
+            if self.gather == "local" and not (inside or across):
+                raise ValueError(
+                    f"gather = 'local': neither of negatives = {self.negatives} and the {share} "
+                    "users of a rank divides the other"
+                )
         return self
 
     @property
     def run_key(self) -> str:
-        """Name of the run: 80 bits of the SHA-256 of the canonical JSON, as 16 base-32 letters."""
-        return short_digest(canonical_json(self.model_dump(mode="json")))
+        """Name of the run: 80 bits of the SHA-256 of the canonical JSON, as 16 base-32 letters.
+
+        A field that came later (``ADDED``) is left out at the value that all earlier runs had, so
+        that they keep their names.
+        """
+        science = self.model_dump(mode="json")
+        for name, before in ADDED.items():
+            if science[name] == before:
+                del science[name]
+        return short_digest(canonical_json(science))
 
     @property
     def sequence_length(self) -> int:
@@ -250,6 +294,21 @@ class TrainSettings(Frozen):
     """Steps between checkpoints; 0: a twentieth of the run. The last step always has one."""
     keep_checkpoints: Annotated[Count, Field(ge=2)] = 2
     """Newest committed checkpoints kept."""
+    milestones: Annotated[int, Field(strict=True, ge=0)] = 0
+    """Evenly spaced steps whose parameters are exported and kept; 0: of the last step only."""
+    micro_batch_tokens: Count | None = None
+    """Most elements (tokens of items, items of rows) of a rank whose activations are held at once;
+    larger batches are encoded in chunks that the backward pass computes again. None: as many as
+    fit, found at the first start. [tokens]"""
+    peak_tflops: Positive | None = None
+    """Peak of a rank's device, for the utilisation; None: known devices' own. [TFLOP/s]"""
+    mirrors: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics are shown besides the run's own files."""
+
+    def milestone_steps(self, steps: int) -> tuple[int, ...]:
+        """Steps whose parameters are exported, ascending; the last is ``steps``."""
+        n = min(self.milestones, steps)
+        return tuple(steps * (i + 1) // n for i in range(n)) or (steps,)
 
 
 def canonical_json(obj: Any) -> bytes:

@@ -25,7 +25,7 @@ from scaling.flops import to_pf_days
 from scaling.rundir import RunDir
 from scaling.sweeps import PLAN_COLUMNS
 
-TABLES_VERSION = 1
+TABLES_VERSION = 2
 """Version of all three tables; it rises when a reader of an older one would misread them."""
 TRAIN_POINTS = 200
 """Training rows kept per run, evenly spaced; the evaluations on the pool are all kept."""
@@ -34,7 +34,8 @@ STR, INT, FLOAT, BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 
 _PLAN_TEXT, _PLAN_FLAGS = {"run_key", "sweep", "model"}, {"shuffle"}
 _PLAN_REAL = {
-    "items_per_user_mean", "tokens_per_item_mean", "data_fraction", "epochs", "repeats",
+    "items_per_user_mean", "tokens_per_item_mean", "data_fraction", "epochs", "repeats", "lr",
+    "eps", "clip_norm",
     "flops", "flops_exact", "pf_days", "pf_days_exact",
 }  # fmt: skip
 
@@ -80,6 +81,7 @@ RUNS_SCHEMA = _schema(
         ("status", STR, "", "result.json's word: done or diverged"),
         ("step", INT, "steps", "last step with a metrics row"),
         ("loss", FLOAT, "nats", "contrastive loss on the pool at the final step, dropout off"),
+        ("loss_se", FLOAT, "nats", "standard error of loss, as over other pools of as many users"),
         ("loss_refit", FLOAT, "nats", "the same with the logit scale refitted on validation users"),
         ("best_loss", FLOAT, "nats", "lowest loss among the evaluations"),
         ("best_step", INT, "steps", "step of best_loss"),
@@ -92,7 +94,11 @@ RUNS_SCHEMA = _schema(
         ("users", FLOAT, "users", "users met in training, with repetition"),
         ("seconds", FLOAT, "s", "wall time of training, with its evaluations and checkpoints, over "
          "all generations"),
+        ("clipped_steps", INT, "steps", "steps whose gradient was clipped"),
+        ("overflows", INT, "", "gradients computed in vain, which overflowed in fp16"),
         ("world_size", INT, "ranks", "ranks at the end"),
+        ("micro_batch_tokens", INT, "tokens", "most elements whose activations a rank held at "
+         "once, at the end"),
         ("attempts", INT, "", "submissions of the run so far; null: none is recorded"),
     ],
 )  # fmt: skip
@@ -106,12 +112,16 @@ CURVES_SCHEMA = _schema(
         ("pool_size", INT, "users", "users contrasted in the evaluation; null for train"),
         ("loss", FLOAT, "nats", "contrastive loss; at pool sizes below the run's own the mean over "
          "disjoint pools; for train that of the batch"),
+        ("loss_se", FLOAT, "nats", "standard error of the loss, as over other pools"),
         ("loss_refit", FLOAT, "nats", "with the logit scale refitted on validation users"),
         ("accuracy", FLOAT, "", "share of pool users whose match ranks first"),
         ("logit_scale", FLOAT, "", "scale of the cosines (tau)"),
         ("lr", FLOAT, "", "learning rate of the step"),
         ("grad_norm", FLOAT, "", "norm of the gradient before clipping"),
-        ("clipped", BOOL, "", "whether the gradient was clipped"),
+        ("clipped_steps", INT, "steps", "steps so far whose gradient was clipped"),
+        ("damping", FLOAT, "", "median of sqrt(v) / (sqrt(v) + eps) over the parameters: the share "
+         "of AdamW's update that eps leaves"),
+        ("damping_p10", FLOAT, "", "its 10 % quantile"),
         ("tokens", FLOAT, "tokens", "tokens encoded so far"),
         ("items", FLOAT, "items", "behaviours encoded so far"),
         ("users", FLOAT, "users", "users met so far, with repetition"),
@@ -119,6 +129,9 @@ CURVES_SCHEMA = _schema(
         ("pf_days_exact", FLOAT, "PF-days", "flops_exact / 8.64e19"),
         ("seconds", FLOAT, "s", "wall time so far, evaluations and checkpoints included, over all "
          "generations"),
+        ("flops_per_second", FLOAT, "FLOP/s", "exact FLOPs over the time of the steps alone, over "
+         "all ranks, since the training row before"),
+        ("mfu", FLOAT, "", "that as a share of the devices' peak, where one is known"),
     ],
 )  # fmt: skip
 
@@ -338,6 +351,8 @@ RESULT_COLUMNS = (
     "accuracy", "logit_scale", "tokens", "items", "users", "seconds", "world_size",
 )  # fmt: skip
 """Columns that a run's ``result.json`` fills, under the same names."""
+LATER_COLUMNS = ("loss_se", "clipped_steps", "overflows", "micro_batch_tokens")
+"""Likewise, but the first runs' records do not have them."""
 
 
 def _take_result(
@@ -365,6 +380,7 @@ def _take_result(
         if result.get(name) != expected:
             raise RecordError(f"{where}: {name} is {result.get(name)!r}, expected {expected!r}")
     row.update({name: result[name] for name in (*RESULT_COLUMNS, *COUNTED)})
+    row.update({name: result.get(name) for name in LATER_COLUMNS})
     row["state"] = {"done": "DONE", "diverged": "DIVERGED"}[result["status"]]
 
 
@@ -387,7 +403,8 @@ def _curve_rows(run: RunDir, config: RunConfig) -> tuple[list[dict[str, Any]], i
 
 
 def _curve_row(run: RunDir, kind: str, point: Mapping[str, Any]) -> dict[str, Any]:
-    row = {name: point.get(name) for name in CURVES_SCHEMA.names}
+    speed = point.get("speed") or {}
+    row = {name: point.get(name, speed.get(name)) for name in CURVES_SCHEMA.names}
     flops = point.get("flops_exact")
     row["pf_days_exact"] = None if flops is None else to_pf_days(flops)
     return row | {"run_key": run.run_key, "kind": kind, "pool_size": None}

@@ -174,6 +174,14 @@ class RunDir:
             if create_bytes(self.metrics_path(generation), _line(line)):
                 return generation
 
+    def starts(self) -> list[dict[str, Any]]:
+        """First line of every generation's metrics, oldest first: what started, where and how."""
+        found = []
+        for generation in self.generations():
+            if (first := next(_lines(self.metrics_path(generation)), None)) is not None:
+                found.append(first)
+        return found
+
     def metrics_path(self, generation: int) -> Path:
         """Metrics file of a generation."""
         return self.path / "metrics" / f"{generation}.jsonl"

@@ -82,6 +82,9 @@ PLAN_COLUMNS = {
     "repeats": "passes beyond the first",
     "steps": "optimiser steps",
     "seed": "seed of initialisation, dropout and data order",
+    "lr": "highest learning rate of the schedule",
+    "eps": "eps of AdamW",
+    "clip_norm": "largest norm of the gradient",
     "flops": "paper's formula: 6 x n_total x batch_size x steps x sequence_length [FLOPs]",
     "flops_exact": "expected from the lengths of the logs, stack by stack [FLOPs]",
     "pf_days": "flops / 8.64e19 [PF-days]",
@@ -89,7 +92,10 @@ PLAN_COLUMNS = {
 }
 """Columns of a plan, in order, with meaning and unit: the one vocabulary of all tables."""
 
-RUN_KEYS = ("batch_size", "negatives", "steps", "evaluations", "precision")
+RUN_KEYS = (
+    "batch_size", "negatives", "steps", "evaluations", "precision", "gather", "gather_ranks",
+    "distinct_items",
+)  # fmt: skip
 DATA_KEYS = ("items_per_user", "data_fraction", "shuffle")
 POINT_KEYS = (
     "model",
@@ -348,6 +354,9 @@ def plan_row(
         "repeats": max(0.0, views / n_users - 1),
         "steps": config.steps,
         "seed": config.seed,
+        "lr": config.optim.lr,
+        "eps": config.optim.eps,
+        "clip_norm": config.optim.clip_norm,
         "flops": flops,
         "flops_exact": exact,
         "pf_days": to_pf_days(flops),

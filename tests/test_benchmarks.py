@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from scaling.packing import PackedBatch
 from tests.conftest import missing
@@ -56,3 +57,66 @@ def test_batches_stops_where_the_sides_differ():
         same([iter([batch([5, 6, 7])]), iter([batch([5, 6, 8])])])
     with pytest.raises(ValueError):
         same([iter([batch([5, 6, 7])]), iter([])])
+
+
+@pytest.fixture
+def train_step(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return load("train_step")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("malloc", ["tuned", "default"])
+def test_train_step(tmp_path, malloc):
+    sizes = ["--items", "256", "--width", "16", "--turns", "2", "--malloc", malloc]
+    call = [sys.executable, BENCHMARKS / "train_step.py", "--quick", "--json", "--folder", tmp_path]
+    done = subprocess.run([*call, *sizes], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    ratios = ["packed_over_padded_sdpa", "ragged_over_encoder", "activation_share",
+              "cache_over_full", "gemm_share"]  # fmt: skip
+    assert all(0 < found[name] < np.inf for name in ratios)
+    assert 0 <= found["data_share"] < 1
+    assert 0 <= found["data_share_8x64"] < 1
+    assert {value is None for value in found["malloc"].values()} == {malloc == "default"}
+    # What is held for the backward pass is a count, not a time.
+    assert found["activation_share"] < 1 / 2.5
+    assert found["cache_chunks"] == 2
+    assert 0.4 < found["cache_activation_share"] < 0.6
+    for level, sides in (("one_level", 6), ("ragged", 6)):
+        of = found[level]
+        assert len(of["sides"]) == sides
+        assert all(0 < n < np.inf for side in of["sides"].values() for n in side.values())
+        assert max(of["differences"].values()) < 1e-3
+        assert of["slots_over_elements"] > 2.9
+    assert found["ragged"]["slots_over_elements"] > found["one_level"]["slots_over_elements"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_step_stops_where_the_sides_differ(train_step):
+    config = train_step.ModelConfig(layers=4, d_model=8, heads=4, dropout=0.0)
+    model = train_step.build(config, train_step.VOCAB)
+    batch, once = train_step.make_batches(np.array([3, 1, 5, 64]), np.random.default_rng(0))
+    assert len(once.tokens) < len(batch.tokens)
+    sides = train_step.sides_of(model, batch, once)
+    assert train_step.same(model, sides)["embeddings"] < 1e-5
+    other, _ = train_step.make_batches(np.array([3, 1, 5, 64]), np.random.default_rng(1))
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        train_step.same(model, {**sides, "other": lambda: model(other)})
+
+
+def test_train_step_counts_each_storage_held_for_the_backward_pass_once(train_step):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(4, 4))
+            self.logit_scale = torch.nn.Parameter(torch.zeros(1))
+
+        def project(self, user_emb):
+            return user_emb
+
+    model, x = Model(), torch.ones(2, 4)
+    once = train_step.saved_bytes(model, lambda: x @ model.weight)
+    twice = train_step.saved_bytes(model, lambda: x @ model.weight + x @ model.weight)
+    copied = train_step.saved_bytes(model, lambda: x @ model.weight + x.clone() @ model.weight)
+    assert twice == once > x.nbytes
+    assert copied == once + x.nbytes

@@ -380,7 +380,7 @@ def test_an_unknown_history_is_refused_before_any_work(
     typo, right = call(*words, "al"), call(*words, "all")
     assert (typo.exit_code, right.exit_code) == (2, 2)
     assert typo.stderr.endswith("error: history = 'al'; valid: target, all\n")
-    assert "no committed checkpoint" in right.stderr  # what it looks for next
+    assert "nothing is exported yet" in right.stderr  # what it looks for next
     assert tree(study) == before
 
 

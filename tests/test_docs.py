@@ -26,6 +26,7 @@ from scaling.files import read_json
 from scaling.results import TABLES_VERSION
 from scaling.rundir import RunDir
 from scaling.sweeps import PLAN_SCHEMA_VERSION, Grid
+from scaling.train.export import SCHEMA_VERSION as EXPORT_VERSION
 
 ROOT = Path(__file__).parent.parent
 UNTRACKED = {".venv", "work", "node_modules"}
@@ -247,6 +248,7 @@ def written_versions(root: Path) -> dict[str, int]:
         "Attempts and cluster profiles": run.attempts()[0].intent["schema_version"],
         "Corpus": CORPUS_VERSION,
         "Sweep": PLAN_SCHEMA_VERSION,
+        "Export": EXPORT_VERSION,
         "Tables": TABLES_VERSION,
         "Fits": FITS_VERSION,
     }

@@ -329,7 +329,7 @@ def test_a_damaged_table_is_named(tmp_path: Path, runs: list[PlannedRun]) -> Non
         load(tmp_path / "results")
 
 
-@pytest.mark.parametrize("version", ["0", "2"])
+@pytest.mark.parametrize("version", ["1", "3"])
 def test_another_version_is_refused(tmp_path: Path, runs: list[PlannedRun], version: str) -> None:
     take(tmp_path, runs)
     path = tmp_path / "results" / "runs.parquet"
@@ -353,3 +353,28 @@ def test_a_torn_account_is_refused(tmp_path: Path, runs: list[PlannedRun]) -> No
     (tmp_path / "results" / "collect.json").write_text(json.dumps({})[:1])
     with pytest.raises(ResultsError, match=r"collect\.json"):
         load(tmp_path / "results")
+
+
+def test_what_the_first_runs_did_not_record_is_null_and_taken_from_those_that_did(
+    tmp_path: Path, runs: list[PlannedRun]
+) -> None:
+    first, later, *_ = runs
+    start(tmp_path / "work", first).write_result(1, result(first))
+    extra = {"loss_se": 0.02, "clipped_steps": 9, "overflows": 1, "micro_batch_tokens": 4096}
+    run = start(tmp_path / "work", later)
+    generation = run.start_generation({"resumed_from": 0})
+    with open(run.metrics_path(generation), "ab") as f:
+        speed = {"flops_per_second": 5e9, "mfu": 0.25, "seconds_data": 0.1}
+        append_line(f, {"kind": "train", "step": STEPS, "loss": 1.0, "speed": speed})
+        append_line(
+            f, {"kind": "pool", "step": STEPS, "loss": 1.5, "loss_se": 0.02, "damping": 0.8}
+        )
+    run.write_result(generation, result(later, **extra))
+    tables = take(tmp_path, runs)
+    for name, value in extra.items():
+        column = tables.runs[name]
+        assert column.iloc[1] == value
+        assert column.drop(index=1).isna().all()
+    curve = tables.curves[tables.curves["run_key"] == later.row["run_key"]].set_index("kind")
+    assert curve.loc["train", ["flops_per_second", "mfu"]].tolist() == [5e9, 0.25]
+    assert curve.loc["pool", ["loss_se", "damping"]].tolist() == [0.02, 0.8]

@@ -153,7 +153,7 @@ def test_every_key_reaches_the_configuration() -> None:
         "evaluations": 7, "precision": "bf16", "items_per_user": 9, "data_fraction": 0.5,
         "shuffle": False, "optim.lr": 1e-3, "optim.betas": [0.8, 0.9], "optim.eps": 1e-7,
         "optim.weight_decay": 0.2, "optim.warmup": 0.2, "optim.final_lr": 0.2,
-        "optim.clip_norm": 2.0,
+        "optim.clip_norm": 2.0, "gather": "local", "gather_ranks": 2, "distinct_items": True,
     }  # fmt: skip
     assert set(values) == set(POINT_KEYS)
     [run] = grid(base=values, seeds=[3]).runs(card())
@@ -165,6 +165,7 @@ def test_every_key_reaches_the_configuration() -> None:
                 "data_fraction": 0.5, "shuffle": False,
             },
             "batch_size": 16, "negatives": 4, "steps": 77, "evaluations": 7, "precision": "bf16",
+            "gather": "local", "gather_ranks": 2, "distinct_items": True,
             "optim": {k.removeprefix("optim."): v for k, v in values.items() if "." in k},
             "pool": {"size": 64, "digest": DIGEST},
             "seed": 3,
@@ -381,6 +382,7 @@ def test_a_plan_row_by_hand() -> None:
             "items_per_user": 50, "items_per_user_mean": 18.0, "sequence_length": 50,
             "tokens_per_item_mean": 6.0, "data_fraction": 0.5, "shuffle": False, "n_users": 5000,
             "users_seen": 5000, "epochs": 1.6, "repeats": 0.6, "steps": 1000, "seed": 5,
+            "lr": 5e-4, "eps": 1e-6, "clip_norm": 0.01,
             "flops": flops, "flops_exact": exact, "pf_days": flops / 8.64e19,
             "pf_days_exact": exact / 8.64e19,
         }

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scaling.config import MAX_ITEMS, MAX_TOKENS, ModelConfig
-from scaling.models.transformer import Layout, Stack, initialise
+from scaling.models.transformer import Layout, Stack, in_chunks, initialise
 from scaling.packing import Ints, PackedBatch
 
 INITIAL_SCALE = 14.27
@@ -38,6 +38,20 @@ class ContrastiveEncoder(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters live."""
         return self.token_emb.weight.device
+
+    @property
+    def draws(self) -> bool:
+        """Whether a forward pass draws random numbers: dropout is on."""
+        return self.training and self.config.dropout > 0
+
+    def forward(self, batch: PackedBatch, micro_batch_tokens: int | None = None) -> Tensor:
+        """User embeddings z, one per row of the batch. [rows, d]
+
+        Args:
+            micro_batch_tokens: most elements whose activations are held at once; what exceeds them
+                is computed again in the backward pass (``transformer.in_chunks``). None: no limit.
+        """
+        raise NotImplementedError
 
     def encode_items(self, tokens: Ints, token_offsets: Ints) -> Tensor:
         """Embeddings of items from their tokens alone. [items, d]
@@ -81,10 +95,20 @@ class CLUE(ContrastiveEncoder):
         item_emb: Tensor = self.item(self.embed_tokens(tokens, layout), layout)
         return item_emb
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch, micro_batch_tokens: int | None = None) -> Tensor:
         """User embeddings z = MEAN(T_service(H)) (eq. 2-3), one per row of the batch. [rows, d]"""
-        item_emb = self.encode_items(batch.tokens, batch.token_offsets)
-        history = item_emb[torch.from_numpy(batch.items).to(self.device)]
-        layout = Layout.of(batch.row_lengths, self.config.d_model, self.device)
-        user_emb: Tensor = self.service(layout.scatter(history), layout)
-        return user_emb
+        offsets, rows = batch.token_offsets, batch.item_offsets
+        items = torch.from_numpy(batch.items).to(self.device)
+
+        def encode_items(a: int, b: int) -> Tensor:
+            tokens = batch.tokens[offsets[a] : offsets[b]]
+            return self.encode_items(tokens, offsets[a : b + 1] - offsets[a])
+
+        def encode_users(a: int, b: int) -> Tensor:
+            layout = Layout.of(batch.row_lengths[a:b], self.config.d_model, self.device)
+            history = item_emb[items[rows[a] : rows[b]]]
+            user_emb: Tensor = self.service(layout.scatter(history), layout)
+            return user_emb
+
+        item_emb = in_chunks(encode_items, batch.item_lengths, micro_batch_tokens, self.draws)
+        return in_chunks(encode_users, batch.row_lengths, micro_batch_tokens, self.draws)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scaling.config import MAX_TOKENS_SINGLE, ModelConfig
 from scaling.models.clue import ContrastiveEncoder
-from scaling.models.transformer import Layout, Stack, initialise
+from scaling.models.transformer import Layout, Stack, in_chunks, initialise
 from scaling.packing import Ints, PackedBatch, spans
 
 
@@ -27,11 +27,17 @@ class Single(ContrastiveEncoder):
         embedded: Tensor = self.item(self.embed_tokens(tokens, layout), layout)
         return embedded
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch, micro_batch_tokens: int | None = None) -> Tensor:
         """User embeddings, one per row of the batch. [rows, d]"""
         lengths = batch.item_lengths[batch.items]
         tokens = batch.tokens[spans(batch.token_offsets[:-1][batch.items], lengths)]
         ends = np.concatenate([[0], np.cumsum(lengths)])[batch.item_offsets]
         kept = np.minimum(np.diff(ends), MAX_TOKENS_SINGLE)
+        tokens = tokens[spans(ends[1:] - kept, kept)]
         offsets = np.concatenate([[0], np.cumsum(kept)])
-        return self.encode_items(tokens[spans(ends[1:] - kept, kept)], offsets)
+
+        def encode(a: int, b: int) -> Tensor:
+            own = tokens[offsets[a] : offsets[b]]
+            return self.encode_items(own, offsets[a : b + 1] - offsets[a])
+
+        return in_chunks(encode, kept, micro_batch_tokens, self.draws)

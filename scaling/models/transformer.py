@@ -7,6 +7,7 @@ padding. The same code serves tokens of an item and items of a user.
 Shapes: T tiles, t slots of a tile, d width, h heads.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from scaling.config import ModelConfig
 from scaling.packing import Ints, pack
@@ -135,6 +137,52 @@ class Stack(nn.Module):
         for layer in self.layers:
             x = layer(x, bias)
         return layout.mean(self.ln(x))
+
+
+def in_chunks(
+    encode: Callable[[int, int], Tensor], lengths: Ints, most: int | None, dropout: bool
+) -> Tensor:
+    """Encode sequences a chunk at a time, holding the activations of one chunk only.
+
+    The embedding cache of GradCache (Gao et al. 2021) as activation checkpointing: a chunk leaves
+    its embeddings, and the backward pass, which comes to the chunks last first, computes each again
+    with the same dropout just before it needs it. The last chunk is never computed twice. Loss and
+    gradients are those of the same chunks without a cache, and where dropout is off, those of the
+    whole batch at once.
+
+    Args:
+        encode: ``encode(a, b)`` embeds sequences a .. b - 1. [b - a, d]
+        lengths: elements of each sequence. [sequences]
+        most: elements of a chunk at most; a longer sequence is its own chunk. None: one chunk.
+        dropout: whether ``encode`` draws random numbers, which must then be drawn again.
+
+    Returns:
+        All embeddings, in order. [sequences, d]
+    """
+    bounds = chunk_bounds(lengths, most)
+    parts = [
+        checkpoint(encode, a, b, use_reentrant=False, preserve_rng_state=dropout)
+        for a, b in bounds[:-1]
+    ]
+    parts.append(encode(*bounds[-1]))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def chunk_bounds(lengths: Ints, most: int | None) -> list[tuple[int, int]]:
+    """Consecutive ranges of sequences with at most ``most`` elements each, as long as they can be.
+
+    A sequence of more elements is a range of its own. At least one range, even if it is empty.
+    """
+    if most is None:
+        return [(0, len(lengths))]
+    ends = np.cumsum(lengths)
+    bounds, first = [], 0
+    while first < len(lengths):
+        before = ends[first] - lengths[first]
+        last = max(first + 1, int(np.searchsorted(ends, before + most, side="right")))
+        bounds.append((first, last))
+        first = last
+    return bounds or [(0, 0)]
 
 
 def initialise(model: nn.Module, layers: int) -> None:

@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import errno
 import importlib
-import json
 import os
 import signal
 import socket
@@ -229,6 +228,10 @@ def _train(
 # ending
 
 
+HOST_IS_FULL = ("DefaultCPUAllocator", "could not create a primitive")
+"""What PyTorch and oneDNN say where the host's memory is full."""
+
+
 def classify(error: BaseException) -> str:
     """Class of a failure, from the exception and what caused it (see ``FRUITLESS_LIMIT``)."""
     chain: BaseException | None = error
@@ -237,7 +240,7 @@ def classify(error: BaseException) -> str:
         text = str(chain)
         if "OutOfMemoryError" in names:
             return "gpu_oom"
-        if isinstance(chain, MemoryError) or "DefaultCPUAllocator" in text:
+        if isinstance(chain, MemoryError) or any(words in text for words in HOST_IS_FULL):
             return "host_oom"
         if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
             return "disk_full"
@@ -256,12 +259,12 @@ def _record_end(run: RunDir, number: int, job: dict[str, Any], cause: str, evide
     Where that fails, on a disk that is full say, the log has it and the scheduler has the rest.
     """
     try:
-        generation = max(run.generations(), default=0)
-        if generation:
-            with open(run.metrics_path(generation), "rb") as f:
-                start = json.loads(f.readline())
-            restart = (start.get("job") or {}).get("restart", 0)
-            if start.get("attempt") == number and restart > job["restart"]:
+        generation = 0
+        if starts := run.starts():
+            newest = starts[-1]
+            generation = int(newest["generation"])
+            restart = (newest.get("job") or {}).get("restart", 0)
+            if newest.get("attempt") == number and restart > job["restart"]:
                 return
         progress = run.progress()
         run.record(

@@ -4,7 +4,8 @@ A checkpoint holds, per parameter, the fp32 master and both Adam moments, read a
 DeepSpeed's accessors, so any ZeRO stage and number of ranks can continue from it:
 
     ckpt/step-000012000/  params.safetensors exp_avg.safetensors exp_avg_sq.safetensors
-                          manifest.json (step, generation, counters; size and SHA-256 of each file)
+                          manifest.json (step, generation, counters, loss scale; size and SHA-256
+                          of each file)
                           COMMITTED     (SHA-256 of the manifest)
 
 It is filled under a temporary name, flushed, and appears by one rename (``scaling.files``).
@@ -20,19 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from scaling.files import RecordError, read_json, sha256, staging, write_bytes, write_json
-from scaling.models import build
-from scaling.models.clue import ContrastiveEncoder
 from scaling.rundir import RunDir
+from scaling.train.engine import MOMENTS, loss_scale, master, restore_loss_scale, set_state
 from scaling.train.ranks import Ranks
 
 log = logging.getLogger(__name__)
-MOMENTS = ("exp_avg", "exp_avg_sq")
 TENSORS = ("params", *MOMENTS)
 
 
@@ -123,7 +121,16 @@ def save(
     failed = None
     if ranks.rank == 0:
         try:
-            _write(run, tensors, ranks, step, generation, counters)
+            manifest = {
+                "schema_version": 1,
+                "run_key": run.run_key,
+                "step": step,
+                "generation": generation,
+                "world_size": ranks.world_size,
+                "counters": dict(counters),
+                "loss_scale": loss_scale(engine),
+            }
+            _write(run, tensors, manifest)
             for old in committed(run)[:-keep]:
                 shutil.rmtree(old)
         except (OSError, RecordError) as e:
@@ -133,117 +140,41 @@ def save(
 
 
 def _write(
-    run: RunDir,
-    tensors: Mapping[str, dict[str, Tensor]],
-    ranks: Ranks,
-    step: int,
-    generation: int,
-    counters: Mapping[str, float],
+    run: RunDir, tensors: Mapping[str, dict[str, Tensor]], manifest: Mapping[str, Any]
 ) -> None:
-    with staging(run.path / "ckpt" / f"step-{step:09d}") as folder:
+    with staging(run.path / "ckpt" / f"step-{manifest['step']:09d}") as folder:
         files = {}
         for name in TENSORS:
             file = folder / f"{name}.safetensors"
-            try:
-                save_file(tensors[name], file)
-            except SafetensorError as e:
-                raise _os_error(e, file) from e
+            write_tensors(file, tensors[name])
             files[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
-        write_json(
-            folder / "manifest.json",
-            {
-                "schema_version": 1,
-                "run_key": run.run_key,
-                "step": step,
-                "generation": generation,
-                "world_size": ranks.world_size,
-                "counters": dict(counters),
-                "files": files,
-            },
-        )
+        write_json(folder / "manifest.json", {**manifest, "files": files})
         write_bytes(folder / "COMMITTED", sha256(folder / "manifest.json").encode())
-        run.fence(generation)
+        run.fence(manifest["generation"])
 
 
-def _os_error(error: SafetensorError, file: Path) -> OSError:
-    """The operating system's error inside safetensors' own, so that a full disk is told."""
-    found = re.search(r"os error (\d+)", str(error))
-    number = int(found.group(1)) if found else errno.EIO
-    return OSError(number, f"{os.strerror(number)} ({error})", str(file))
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors.
+
+    Raises:
+        OSError: the operating system's error inside safetensors' own, so that a full disk is told.
+    """
+    try:
+        save_file(dict(tensors), file)
+    except SafetensorError as e:
+        found = re.search(r"os error (\d+)", str(e))
+        number = int(found.group(1)) if found else errno.EIO
+        raise OSError(number, f"{os.strerror(number)} ({e})", str(file)) from e
 
 
 def restore(checkpoint: Checkpoint, engine: Any) -> None:
-    """Put a checkpoint's masters and moments into the engine; every rank calls it.
+    """Put a checkpoint's masters, moments and loss scale into the engine; every rank calls it.
 
     The engine's optimiser state must exist (``create_optimizer_state``).
     """
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
     tensors = {name: checkpoint.load(name) for name in TENSORS}
-    device = engine.device
     for name, parameter in engine.module.named_parameters():
-        value = tensors["params"][name].to(device)
-        with torch.no_grad():
-            parameter.copy_(value)
-        if hasattr(parameter, "_hp_mapping"):
-            safe_set_full_fp32_param(parameter, value)
-            for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, tensors[moment][name].to(device), moment)
-        else:
-            for moment in MOMENTS:
-                engine.optimizer.state[parameter][moment].copy_(tensors[moment][name])
-
-
-def create_optimizer_state(engine: Any, step: int) -> None:
-    """Give every parameter Adam's state as after ``step`` steps, with zero moments. Call it once.
-
-    torch creates that state at the first step of each parameter group, and ZeRO links it to its
-    parameters after the first group's step, when the other groups have none yet (DeepSpeed
-    0.19.8): their moments could then be neither saved nor restored. Adam's step count, which
-    corrects its bias, is not reachable through DeepSpeed's accessors either.
-    """
-    zero = engine.optimizer
-    inner = getattr(zero, "optimizer", zero)
-    for group in inner.param_groups:
-        for parameter in group["params"]:
-            inner.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
-            }
-    if inner is not zero:
-        zero._lazy_init_hp_params_optimizer_state()
-
-
-def master(engine: Any, parameter: nn.Parameter, moment: str | None = None) -> Tensor:
-    """A copy of a parameter's whole fp32 master, or of a moment, on the CPU; all ranks call it.
-
-    ZeRO 1 and 2 keep flat partitions behind DeepSpeed's accessors (collective calls); ZeRO 0 in
-    fp32 is a plain optimiser, for which the accessors answer None.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    full: Tensor
-    if hasattr(parameter, "_hp_mapping"):
-        full = (
-            safe_get_full_fp32_param(parameter)
-            if moment is None
-            else safe_get_full_optimizer_state(parameter, moment)
-        )
-    else:
-        full = parameter.data if moment is None else engine.optimizer.state[parameter][moment]
-    return full.detach().float().cpu().contiguous().clone()
-
-
-def load_encoder(run: RunDir) -> tuple[ContrastiveEncoder, int]:
-    """The encoder of the run's newest checkpoint, in evaluation mode, and its step.
-
-    Raises:
-        RecordError: the run has no whole checkpoint.
-    """
-    checkpoint = newest(run)
-    if checkpoint is None:
-        raise RecordError(f"{run.path / 'ckpt'}: the run has no committed checkpoint yet")
-    config = run.spec()
-    model = build(config.model, config.data.vocab_size)
-    model.load_state_dict(checkpoint.load("params"))
-    return model.eval(), checkpoint.step
+        moments = {moment: tensors[moment][name] for moment in MOMENTS}
+        set_state(engine, parameter, tensors["params"][name], moments)
+    if (state := checkpoint.manifest.get("loss_scale")) is not None:
+        restore_loss_scale(engine, state)

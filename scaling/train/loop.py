@@ -4,15 +4,15 @@
     srun clue-scaling train RUN_KEY                one rank per task (through scaling.slurm)
 
 A run is a pure function of its RunConfig: users of a step follow from (seed, step), dropout from
-(seed, step, rank). Nothing but parameters, moments and counters survives a restart, and on CPU at
-the same world size a killed and resumed run repeats the undisturbed one bit for bit.
+(seed, step, rank). Nothing but parameters, moments, counters and, in fp16, the loss scale survives
+a restart, and on CPU at the same world size and micro-batch a killed and resumed run repeats the
+undisturbed one bit for bit.
 """
 
 import logging
 import math
 import os
 import socket
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,22 +20,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scaling.config import MAX_TOKENS_SINGLE, ConfigError, RunConfig, TrainSettings
+from scaling.config import ConfigError, RunConfig, TrainSettings
 from scaling.data.batches import Batches
 from scaling.data.corpus import Corpus
-from scaling.flops import count_parameters, exact_flops, paper_flops, to_pf_days
 from scaling.models import build
-from scaling.models.losses import contrastive_loss, scale
+from scaling.models.clue import ContrastiveEncoder
+from scaling.models.losses import scale
 from scaling.packing import PackedBatch
 from scaling.rundir import RunDir, append_line
-from scaling.train import checkpoint
+from scaling.train import checkpoint, memory
+from scaling.train.accounting import Counters, result_record
+from scaling.train.contrast import contrast
+from scaling.train.engine import (
+    create_optimizer_state,
+    damping,
+    fp16_supported,
+    fp32_logit_scale,
+    loss_scale,
+    start_engine,
+    update,
+)
 from scaling.train.evaluate import Evaluation
+from scaling.train.export import export
+from scaling.train.mirrors import Mirrors
 from scaling.train.ranks import Ranks
+from scaling.train.throughput import Stopwatch, peak_flops, peak_memory
 
 log = logging.getLogger(__name__)
 CURVE_POINTS = 1000
 """Training rows a run leaves at most."""
-COUNTED = ("tokens", "tokens_sq", "items", "items_sq", "users")
 Progress = Callable[[int, int, float | None], None]
 
 
@@ -55,14 +68,15 @@ def train(
         attempt: number of the attempt this start belongs to, recorded with the generation.
         job: what the scheduler calls this job, recorded likewise.
         progress: called on rank 0 with (step, steps, training loss or None).
-        should_stop: polled after every step; when it answers True on any rank, all ranks commit a
-            checkpoint and return.
+        should_stop: polled after every step and during evaluations; when it answers True on any
+            rank, all ranks commit a checkpoint and return.
 
     Returns:
         The content of ``result.json``; None if stopped early.
 
     Raises:
         ConfigError: the corpus is another than the run's, or the batch does not split over ranks.
+        OutOfMemory: a step does not fit into memory; the message says which micro-batch does.
         Superseded: a newer generation of the run has started.
     """
     if (result := run.result()) is not None:
@@ -75,13 +89,20 @@ def train(
 
     # ---- model and engine -----------------------------------------------------------------------
     model = build(config.model, config.data.vocab_size, config.seed)
-    engine = _engine(model, config, settings, ranks)
+    engine = start_engine(model, config, settings, ranks)
+    batches = Batches(corpus, config, ranks.rank, ranks.world_size, config.distinct_items)
 
     # ---- resume ---------------------------------------------------------------------------------
-    step, generation = 0, 0
+    found = checkpoint.newest(run, set_aside=True) if ranks.rank == 0 else None
+    recorded = _recorded_micro_batch(run, ranks) if ranks.rank == 0 else 0
+    step, micro_batch_tokens = ranks.tell([found.step if found else 0, recorded])
+    create_optimizer_state(engine, step)
+    micro_batch_tokens = settings.micro_batch_tokens or micro_batch_tokens
+    if not micro_batch_tokens:
+        micro_batch_tokens = memory.find_micro_batch(model, batches.batch(step), config, ranks)
+    execution = {"world_size": ranks.world_size, "micro_batch_tokens": micro_batch_tokens}
+    generation = 0
     if ranks.rank == 0:
-        found = checkpoint.newest(run, set_aside=True)
-        step = found.step if found else 0
         generation = run.start_generation(
             {
                 "resumed_from": step,
@@ -89,15 +110,14 @@ def train(
                 "job": dict(job) if job else None,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
-                "world_size": ranks.world_size,
+                **execution,
                 "settings": settings.model_dump(mode="json"),
             }
         )
-    step, generation = ranks.tell([step, generation])
-    counters = _Counters(config, ranks)
-    checkpoint.create_optimizer_state(engine, step)
+    (generation,) = ranks.tell([generation])
+    counters = Counters(config, ranks)
     if step:
-        found = checkpoint.read(run.path / "ckpt" / f"step-{step:09d}")
+        found = found or checkpoint.read(run.path / "ckpt" / f"step-{step:09d}")
         checkpoint.restore(found, engine)
         counters.restore(found.manifest["counters"])
 
@@ -106,89 +126,148 @@ def train(
     log_every = max(1, steps // CURVE_POINTS)
     checkpoint_every = settings.checkpoint_every or max(1, steps // 20)
     evaluation_steps = set(config.evaluation_steps)
+    milestones = set(settings.milestone_steps(steps))
     evaluation = Evaluation(corpus, config) if ranks.rank == 0 else None
-    batches = Batches(corpus, config, ranks.rank, ranks.world_size)
     metrics = run.metrics_path(generation).open("ab") if ranks.rank == 0 else None
+    mirrors = Mirrors.open(settings.mirrors if metrics else (), run, config, step)
+    watch = Stopwatch(ranks.device)
+    peak = _peak(settings, config, ranks)
+    tau = fp32_logit_scale(engine)
+    flops = counters.totals()["flops_exact"]
 
-    def record(kind: str, row: Mapping[str, Any]) -> None:
-        totals = counters.totals()
+    def record(kind: str, row: Mapping[str, Any], totals: Mapping[str, float]) -> None:
         if metrics:
-            append_line(metrics, {"kind": kind, "step": step, **totals, **row})
+            row = {"kind": kind, "step": step, **totals, **row}
+            append_line(metrics, row)
+            mirrors.write(row)
+
+    def evaluate() -> bool:
+        """The pool loss after ``step``; False if told to stop on the way, on any rank."""
+        shortened, totals = damping(engine, config, step), counters.totals()
+        row = evaluation(model, tau, should_stop) if evaluation else {}
+        if row is not None:
+            record("pool", {**row, **shortened}, totals)
+        return not ranks.any(row is None)[0]
 
     def commit() -> None:
+        totals = counters.totals()
         if metrics:
             os.fsync(metrics.fileno())
+        keep = settings.keep_checkpoints
         checkpoint.save(
-            run,
-            engine,
-            ranks,
-            step=step,
-            generation=generation,
-            counters=counters.totals(),
-            keep=settings.keep_checkpoints,
+            run, engine, ranks, step=step, generation=generation, counters=totals, keep=keep
         )
 
-    tau = _fp32_logit_scale(engine)
+    def publish() -> None:
+        if ranks.rank == 0:
+            committed = checkpoint.read(run.path / "ckpt" / f"step-{step:09d}")
+            export(run, config, step, committed.load("params"))
+
+    def finish(status: str) -> dict[str, Any]:
+        totals = counters.totals()
+        if ranks.rank == 0:
+            result = result_record(run, config, totals, status, step, execution)
+            run.write_result(generation, result)
+        ranks.barrier()
+        written = run.result()
+        assert written is not None
+        return written
 
     # ---- loop -----------------------------------------------------------------------------------
     try:
-        for batch in batches.iterate(step, steps):
+        # What a start that was stopped or killed after its last commit still owed.
+        owed = ranks.rank == 0 and step in evaluation_steps and step not in _evaluated(run)
+        if ranks.any(owed)[0] and not evaluate():
+            return None
+        if step in milestones:
+            publish()
+
+        for batch in watch.waiting(batches.iterate(step, steps)):
             lr = learning_rate(config, step)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = lr
-            _seed_dropout(config.seed, step, ranks.rank)
             engine.train()
-
-            # Every rank computes the whole loss on gathered embeddings and sends the gradient of
-            # its own users back through its encoder: equal to one process with the whole batch.
-            projected = model.project(engine(batch))
-            own = projected.view(config.data.n_services, batch.n_users, -1)
-            everyone = ranks.gather(own.detach(), dim=1).float().requires_grad_()
-            logit_scale = tau.clone().requires_grad_()
-            loss = contrastive_loss(everyone, logit_scale, config.negatives)
-            loss.backward()  # type: ignore[no-untyped-call]
-            engine.backward(_surrogate(own, everyone, model.logit_scale, logit_scale, ranks))
-            logged = (step + 1) % log_every == 0 or step + 1 == steps
-            unpartitioned = _unpartitioned_norm(engine) if logged else None
-            engine.step()
+            taken, overflows = False, 0
+            while not taken:  # in fp16, gradients that overflow are computed again, scaled less
+                _seed_dropout(config.seed, step, ranks.rank)
+                try:
+                    batch_loss = _backward(
+                        engine, batch, tau, config, micro_batch_tokens, ranks, watch
+                    )
+                    with watch.phase("step"):
+                        norm, taken = update(engine, lr)
+                except (RuntimeError, MemoryError) as e:
+                    if not memory.is_out_of_memory(e):
+                        raise
+                    raise memory.explain(e, model, batch, micro_batch_tokens, step) from e
+                loss = float(batch_loss)
+                overflows += not taken
+                taken = taken or not math.isfinite(loss)
             step += 1
-            tau = _fp32_logit_scale(engine)
-            counters.add(batch)
+            tau = fp32_logit_scale(engine)
+            counters.add(batch, norm > config.optim.clip_norm, overflows)
+            watch.lap()
+            if progress and ranks.rank == 0:
+                progress(step, steps, loss)
 
-            value = float(loss.detach())
             stop, diverged = ranks.any(
-                should_stop is not None and should_stop(), not math.isfinite(value)
+                should_stop is not None and should_stop(),
+                not (math.isfinite(loss) and math.isfinite(norm)),
             )
             if diverged:
-                log.warning("loss is not finite after step %d: the run has diverged", step)
-                return _finish(run, generation, config, ranks, counters, "diverged", step)
-            if logged:
-                norm = float(
-                    engine.get_global_grad_norm() if unpartitioned is None else unpartitioned
-                )
-                record(
-                    "train",
-                    {
-                        "loss": value,
-                        "lr": lr,
-                        "grad_norm": norm,
-                        "clipped": norm > config.optim.clip_norm,
-                        "logit_scale": float(scale(tau)),
+                log.warning("loss or gradient is not finite after step %d: diverged", step)
+                return finish("diverged")
+            if step % log_every == 0 or step == steps:
+                totals = counters.totals()
+                row = {
+                    "loss": loss,
+                    "lr": lr,
+                    "grad_norm": norm,
+                    "logit_scale": float(scale(tau)),
+                    "loss_scale": (loss_scale(engine) or {}).get("cur_scale"),
+                    "speed": {
+                        **watch.row(totals["flops_exact"] - flops, peak),
+                        "peak_memory_bytes": peak_memory(ranks.device),
                     },
-                )
-            if progress and ranks.rank == 0:
-                progress(step, steps, value)
-            if step in evaluation_steps:
-                record("pool", evaluation(model, tau) if evaluation else {})
-            if step == steps or stop or step % checkpoint_every == 0:
+                }
+                record("train", row, totals)
+                flops = totals["flops_exact"]
+            owed = step in evaluation_steps and (stop or not evaluate())
+            stop = stop or owed
+            if stop or step == steps or step % checkpoint_every == 0 or step in milestones:
                 commit()
-            if stop and step < steps:
+            if step in milestones:
+                publish()
+            if stop and (owed or step < steps):
                 return None
-        return _finish(run, generation, config, ranks, counters, "done", step)
+        return finish("done")
     finally:
         if metrics:
             metrics.close()
+        mirrors.close()
         engine.destroy()
+
+
+def _backward(
+    engine: Any,
+    batch: PackedBatch,
+    tau: Tensor,
+    config: RunConfig,
+    micro_batch_tokens: int,
+    ranks: Ranks,
+    watch: Stopwatch,
+) -> Tensor:
+    """Loss of a step over all ranks' users, and its gradients in the engine.
+
+    A function, so that what it holds is let go where memory ran out.
+    """
+    model: ContrastiveEncoder = engine.module
+    with watch.phase("forward"):
+        projected = model.project(engine(batch, micro_batch_tokens))
+        own = projected.view(config.data.n_services, batch.n_users, -1)
+        found = contrast(own, tau, config, ranks)
+        surrogate = found.surrogate(own, model.logit_scale)
+    with watch.phase("backward"):
+        engine.backward(surrogate)
+    return found.loss
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
@@ -224,190 +303,41 @@ def _check(config: RunConfig, corpus: Corpus, settings: TrainSettings, ranks: Ra
         raise ConfigError(
             f"batch_size = {config.batch_size} does not split over {ranks.world_size} ranks"
         )
-    if config.precision == "bf16":
-        if settings.zero_stage == 0:
-            raise ConfigError("precision = 'bf16' needs zero_stage 1 or 2 (fp32 masters)")
-        if ranks.device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-            raise ConfigError(
-                f"precision = 'bf16': {torch.cuda.get_device_name()} has no bf16; use 'fp32'"
-            )
+    if config.gather_ranks not in (None, ranks.world_size):
+        raise ConfigError(
+            f"gather = {config.gather!r} was planned for gather_ranks = {config.gather_ranks}, and "
+            f"{ranks.world_size} ranks have started: its numbers depend on them"
+        )
+    if config.precision != "fp32" and settings.zero_stage == 0:
+        raise ConfigError(
+            f"precision = {config.precision!r} needs zero_stage 1 or 2 (fp32 masters)"
+        )
+    cuda = ranks.device.type == "cuda"
+    if config.precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(False):
+        raise ConfigError(
+            f"precision = 'bf16': {torch.cuda.get_device_name()} has no bf16; use 'fp16'"
+        )
+    if config.precision == "fp16" and not fp16_supported():
+        raise ConfigError("precision = 'fp16' is for GPUs; on this CPU use 'fp32'")
 
 
-def _engine(
-    model: torch.nn.Module, config: RunConfig, settings: TrainSettings, ranks: Ranks
-) -> Any:
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    stage = settings.zero_stage
-    if stage is None:
-        stage = 0 if ranks.world_size == 1 and config.precision == "fp32" else 1
-    optim = config.optim
-    decayed = [p for n, p in model.named_parameters() if n != "logit_scale"]
-    undecayed = [p for n, p in model.named_parameters() if n == "logit_scale"]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": optim.weight_decay},
-            {"params": undecayed, "weight_decay": 0.0},
-        ],
-        lr=optim.lr,
-        betas=optim.betas,
-        eps=optim.eps,
-    )
-    engine, *_ = deepspeed.initialize(
-        model=model.to(ranks.device),
-        optimizer=optimizer,
-        dist_init_required=False,
-        config={
-            "train_micro_batch_size_per_gpu": config.batch_size // ranks.world_size,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": optim.clip_norm,
-            "zero_optimization": {"stage": stage},
-            "bf16": {"enabled": config.precision == "bf16"},
-            "steps_per_print": 2**31,
-        },
-    )
-    return engine
+def _recorded_micro_batch(run: RunDir, ranks: Ranks) -> int:
+    """What the newest start with as many ranks used, so that dropout repeats; 0: none."""
+    alike = [s for s in run.starts() if s["world_size"] == ranks.world_size]
+    return int(alike[-1].get("micro_batch_tokens") or 0) if alike else 0
 
 
-def _surrogate(
-    own: Tensor, everyone: Tensor, parameter: Tensor, logit_scale: Tensor, ranks: Ranks
-) -> Tensor:
-    """A scalar whose gradient is the loss's, through this rank's encoder outputs.
-
-    DeepSpeed averages gradients over ranks, so the encoder's part, of which each rank holds its own
-    users' share, is multiplied by their number; the logit scale's is whole on every rank.
-    """
-    assert everyone.grad is not None
-    assert logit_scale.grad is not None
-    users = own.shape[1]
-    first = ranks.rank * users
-    gradient = everyone.grad[:, first : first + users]
-    return (
-        ranks.world_size * (own.float() * gradient).sum()
-        + (parameter.float() * logit_scale.grad).sum()
-    )
+def _evaluated(run: RunDir) -> set[int]:
+    return {row["step"] for row in run.curve("pool")}
 
 
-def _fp32_logit_scale(engine: Any) -> Tensor:
-    """The log of tau as the optimiser has it: in bf16 most of its updates would not show. [1]"""
-    parameter: torch.nn.Parameter = engine.module.logit_scale
-    if parameter.dtype == torch.float32:
-        return parameter.detach().clone()
-    return checkpoint.master(engine, parameter).to(parameter.device)
-
-
-def _unpartitioned_norm(engine: Any) -> Tensor | None:
-    """Gradient norm before clipping in stage 0; None in others, where ZeRO keeps it itself."""
-    if engine.zero_optimization_stage():
-        return None
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+def _peak(settings: TrainSettings, config: RunConfig, ranks: Ranks) -> float | None:
+    """Peak of all ranks' devices together. [FLOP/s]"""
+    one = settings.peak_tflops and settings.peak_tflops * 1e12
+    one = one or peak_flops(ranks.device, config.precision)
+    return one and one * ranks.world_size
 
 
 def _seed_dropout(seed: int, step: int, rank: int) -> None:
     state = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0]) & (2**63 - 1))
-
-
-class _Counters:
-    """What a run has consumed over all ranks, carried across restarts."""
-
-    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
-        self.config, self.ranks = config, ranks
-        self.base = np.zeros(len(COUNTED), dtype=np.int64)
-        self.local = np.zeros(len(COUNTED), dtype=np.int64)
-        self.base_seconds = 0.0
-        self.started = time.monotonic()
-
-    def add(self, batch: PackedBatch) -> None:
-        """Count a batch of this rank."""
-        lengths, rows = batch.item_lengths, batch.row_lengths
-        if self.config.model.system == "single":
-            lengths = np.add.reduceat(lengths[batch.items], batch.item_offsets[:-1])
-            lengths = np.minimum(lengths, MAX_TOKENS_SINGLE)
-        self.local += np.array(
-            [lengths.sum(), (lengths**2).sum(), rows.sum(), (rows**2).sum(), batch.n_users]
-        )
-
-    def restore(self, totals: Mapping[str, float]) -> None:
-        """Continue from the totals of a checkpoint."""
-        self.base = np.array([int(totals[name]) for name in COUNTED], dtype=np.int64)
-        self.base_seconds = float(totals["seconds"])
-
-    def totals(self) -> dict[str, float]:
-        """Sums over ranks and restarts; every rank calls it."""
-        local = self.ranks.sum(torch.from_numpy(self.local).to(self.ranks.device))
-        counts = dict(zip(COUNTED, (self.base + local.cpu().numpy()).tolist(), strict=True))
-        services = self.config.data.n_services
-        flops = exact_flops(
-            self.config.model,
-            tokens=counts["tokens"],
-            tokens_sq=counts["tokens_sq"],
-            items=counts["items"],
-            items_sq=counts["items_sq"],
-            rows=counts["users"] * services,
-            users=counts["users"],
-            n_services=services,
-            negatives=self.config.negatives,
-        )
-        seconds = self.base_seconds + time.monotonic() - self.started
-        return {**counts, "flops_exact": flops.total, "seconds": round(seconds, 3)}
-
-
-def _finish(
-    run: RunDir,
-    generation: int,
-    config: RunConfig,
-    ranks: Ranks,
-    counters: _Counters,
-    status: str,
-    step: int,
-) -> dict[str, Any]:
-    """Rank 0 writes ``result.json``; every rank returns its content."""
-    totals = counters.totals()
-    if ranks.rank == 0:
-        run.write_result(generation, _result(run, config, ranks, totals, status, step))
-    ranks.barrier()
-    result = run.result()
-    assert result is not None
-    return result
-
-
-def _result(
-    run: RunDir,
-    config: RunConfig,
-    ranks: Ranks,
-    totals: Mapping[str, float],
-    status: str,
-    step: int,
-) -> dict[str, Any]:
-    pool, curve = run.curve("pool"), run.curve("train")
-    last = pool[-1] if pool and status == "done" else {}
-    best = min(pool, key=lambda row: row["loss"], default={})
-    tail = [row["loss"] for row in curve[-max(1, len(curve) // 20) :]]
-    counts = count_parameters(config.model, config.data.vocab_size)
-    flops = paper_flops(
-        counts.n_total, config.batch_size, step, sequence_length=config.sequence_length
-    )
-    return {
-        "status": status,
-        "step": step,
-        **{k: last.get(k) for k in ("loss", "loss_refit", "accuracy", "logit_scale", "pools")},
-        "best_loss": best.get("loss"),
-        "best_step": best.get("step"),
-        "train_loss": sum(tail) / len(tail) if tail and status == "done" else None,
-        "chance": math.log(config.pool.size),
-        "pool_size": config.pool.size,
-        "pool_digest": config.pool.digest,
-        **{k: totals[k] for k in ("tokens", "items", "users", "seconds", "flops_exact")},
-        "flops": flops,
-        "pf_days": to_pf_days(flops),
-        "pf_days_exact": to_pf_days(totals["flops_exact"]),
-        "n_total": counts.n_total,
-        "n_non_embedding": counts.n_non_embedding,
-        "n_item": counts.n_item,
-        "n_service": counts.n_service,
-        "world_size": ranks.world_size,
-    }

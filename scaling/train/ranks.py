@@ -75,6 +75,14 @@ class Ranks:
             torch.distributed.all_reduce(total)
         return total
 
+    def least(self, value: int) -> int:
+        """The smallest of all ranks' integers."""
+        if self.world_size == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.int64, device=self.device)
+        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MIN)
+        return int(shared.item())
+
     def any(self, *flags: bool) -> list[bool]:
         """For each flag: does any rank raise it? All ranks get the same answer."""
         if self.world_size == 1:

@@ -20,7 +20,7 @@ from scaling.data.corpus import Corpus
 from scaling.data.tasks import GROUPS, Task
 from scaling.files import read_json, write_json
 from scaling.rundir import RunDir
-from scaling.train.checkpoint import load_encoder
+from scaling.train.export import load_encoder
 from scaling.transfer.baselines.popularity import count_items
 from scaling.transfer.features import TransferError, item_features, user_features
 from scaling.transfer.heads import Examples, HeadSettings, fit, pair_loss, softmax_loss

@@ -63,7 +63,7 @@ def simulate(planned: list[PlannedRun]) -> Callable[[Path], Path]:
             with open(run.metrics_path(generation), "ab") as f:
                 for step in (100, 200):
                     row = {"step": step, **counted, "loss": loss * 1.1, "lr": 1e-3}
-                    append_line(f, {"kind": "train", "grad_norm": 1.0, "clipped": True, **row})
+                    append_line(f, {"kind": "train", "grad_norm": 1.0, "clipped_steps": 1, **row})
                     row |= {"loss": loss + (200 - step) / 500, "loss_refit": loss - 0.01}
                     row |= {"accuracy": 0.2, "logit_scale": 14.0, "pools": {"64": loss - 1}}
                     append_line(f, {"kind": "pool", **row})

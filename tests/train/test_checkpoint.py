@@ -3,18 +3,14 @@
 import logging
 import os
 import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from test_loop import RANK, configure, curve
+from test_loop import RANK, StopAt, configure, curve
 
 from scaling.config import TrainSettings
-from scaling.files import RecordError
 from scaling.rundir import RunDir
 from scaling.train import checkpoint
 from scaling.train.loop import train
@@ -24,9 +20,9 @@ from scaling.train.loop import train
 def stopped(corpus, tmp_path):
     """A run stopped after 12 of 24 steps, with checkpoints of steps 8 and 12."""
     run = RunDir.create(tmp_path, configure(corpus), "tiny")
-    polls = iter(range(1, 100))
+    stop = StopAt(12)
     settings = TrainSettings(threads=1, checkpoint_every=4)
-    assert train(run, corpus, settings, should_stop=lambda: next(polls) >= 12) is None
+    assert train(run, corpus, settings, progress=stop.progress, should_stop=stop) is None
     assert [p.name for p in checkpoint.committed(run)] == ["step-000000008", "step-000000012"]
     return run
 
@@ -69,21 +65,6 @@ def test_training_over_a_damaged_checkpoint_ends_as_if_it_had_been_whole(
     train(stopped, corpus, TrainSettings(threads=1))
     assert curve(stopped) == curve(whole)
     assert list(stopped.path.glob("ckpt/damaged-step-000000012-*"))
-
-
-def test_without_a_whole_checkpoint_there_is_no_encoder(stopped):
-    for path in checkpoint.committed(stopped):
-        shutil.rmtree(path)
-    with pytest.raises(RecordError, match="no committed checkpoint"):
-        checkpoint.load_encoder(stopped)
-
-
-def test_the_loaded_encoder_has_the_parameters_and_no_dropout(stopped):
-    model, step = checkpoint.load_encoder(stopped)
-    saved = load_file(stopped.path / "ckpt" / "step-000000012" / "params.safetensors")
-    assert step == 12
-    assert not model.training
-    assert all(torch.equal(v, saved[n]) for n, v in model.state_dict().items())
 
 
 def test_nothing_in_a_run_directory_is_a_pickle(stopped):

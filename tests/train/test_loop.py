@@ -82,7 +82,21 @@ def finish(processes: list[subprocess.Popen]) -> str:
 
 def curve(run: RunDir, kind: str = "train") -> list[dict]:
     """Metrics rows without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in run.curve(kind)]
+    clock = ("seconds", "speed")
+    return [{k: v for k, v in row.items() if k not in clock} for row in run.curve(kind)]
+
+
+class StopAt:
+    """``train(..., progress=stop.progress, should_stop=stop)`` stops after so many steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.done = step, 0
+
+    def progress(self, step: int, *_: object) -> None:
+        self.done = step
+
+    def __call__(self) -> bool:
+        return self.done >= self.step
 
 
 def parameters(run: RunDir) -> dict[str, torch.Tensor]:
@@ -155,19 +169,23 @@ def test_two_ranks_give_the_losses_of_one(corpus, tmp_path, stage):
 def test_stopping_and_resuming_repeats_the_run_bit_for_bit(undisturbed, corpus, tmp_path):
     whole, result = undisturbed
     run = RunDir.create(tmp_path, whole.spec(), "tiny")
-    for stop_after in (5, 9):
-        polls = iter(range(1, 100))
-        stopped = train(
-            run, corpus, TrainSettings(threads=1),
-            should_stop=lambda p=polls, n=stop_after: next(p) >= n,
-        )  # fmt: skip
-        assert stopped is None
+    for stop in (StopAt(5), StopAt(12)):  # 12 is a step whose evaluation the next start owes
+        assert (
+            train(
+                run,
+                corpus,
+                TrainSettings(threads=1),
+                progress=stop.progress,
+                should_stop=stop,
+            )
+            is None
+        )
     resumed = train(run, corpus, TrainSettings(threads=1))
     assert run.generations() == [1, 2, 3]
     assert curve(run) == curve(whole)
     assert curve(run, "pool") == curve(whole, "pool")
     assert all(torch.equal(v, parameters(whole)[n]) for n, v in parameters(run).items())
-    clock = ("seconds", "generation")
+    clock = ("seconds", "generation", "micro_batch_tokens")  # free memory differs
     assert {k: v for k, v in resumed.items() if k not in clock} == {
         k: v for k, v in result.items() if k not in clock
     }
@@ -246,7 +264,7 @@ def test_counters_are_those_of_the_batches(undisturbed, corpus):
 def test_the_single_transformer_trains_and_counts_the_tokens_it_reads(
     corpus, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("scaling.train.loop.MAX_TOKENS_SINGLE", 12)
+    monkeypatch.setattr("scaling.train.accounting.MAX_TOKENS_SINGLE", 12)
     monkeypatch.setattr("scaling.models.single.MAX_TOKENS_SINGLE", 12)
     model = ModelConfig(system="single", layers=1, d_model=16, heads=1, dropout=0.0)
     config = configure(corpus, model=model)
@@ -270,8 +288,8 @@ def test_bf16_follows_fp32_and_resumes_bit_for_bit(corpus, tmp_path):
     settings = TrainSettings(threads=1)
     for run in (exact, whole):
         train(run, corpus, settings)
-    polls = iter(range(1, 100))
-    assert train(resumed, corpus, settings, should_stop=lambda: next(polls) >= 7) is None
+    stop = StopAt(7)
+    assert train(resumed, corpus, settings, progress=stop.progress, should_stop=stop) is None
     train(resumed, corpus, settings)
     assert curve(resumed) == curve(whole)
     losses, expected = (np.array([r["loss"] for r in curve(run)]) for run in (whole, exact))

@@ -16,6 +16,7 @@ from scaling.files import RecordError
 from scaling.models import build
 from scaling.packing import PackedBatch
 from scaling.rundir import RunDir
+from scaling.train.export import exported
 from scaling.train.loop import train
 from scaling.transfer.evaluate import evaluate
 from scaling.transfer.features import TransferError, item_features, user_features
@@ -123,14 +124,13 @@ def test_item_features_are_in_the_order_asked_for(
 
 
 @pytest.mark.slow
-def test_a_run_is_evaluated_once_per_checkpoint(corpus: Corpus) -> None:
+def test_a_run_is_evaluated_once_per_export(corpus: Corpus) -> None:
     root = corpus.path.parent.parent
     run = RunDir.create(root, configure(corpus), corpus.card.name)
-    with pytest.raises(RecordError, match="no committed checkpoint"):
+    with pytest.raises(RecordError, match="nothing is exported yet"):
         evaluate(run, corpus, ["books"], folds=2)
-    stop = iter([False, False, True])
-    settings = TrainSettings(threads=1)
-    train(run, corpus, settings, should_stop=lambda: next(stop))
+    settings = TrainSettings(threads=1, milestones=2)
+    train(run, corpus, settings, should_stop=lambda: bool(exported(run)))
     calls: list[tuple[int, int]] = []
     rows = evaluate(run, corpus, ["books", "beauty"], folds=2, progress=lambda *a: calls.append(a))
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
@@ -154,7 +154,7 @@ def test_a_run_is_evaluated_once_per_checkpoint(corpus: Corpus) -> None:
     assert evaluate(run, corpus, ["books", "beauty"], folds=2) == rows
     assert (path.stat().st_mtime_ns, path.stat().st_ino) == before
 
-    # Another setting, and then a newer checkpoint, are other evaluations.
+    # Another setting, and then a later export, are other evaluations.
     both = evaluate(run, corpus, ["books"], folds=2, history="all")
     assert json.loads(path.read_text())["history"] == "all"
     assert both[0]["loss"] != rows[0]["loss"]
