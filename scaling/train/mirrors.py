@@ -95,7 +95,7 @@ def _tensorboard(
     module: Any, rows: Iterable[Row], run: RunDir, config: RunConfig, resumed_from: int
 ) -> None:
     folder = run.path / "mirrors" / "tensorboard"
-    writer = module.SummaryWriter(str(folder), purge_step=resumed_from)
+    writer = module.SummaryWriter(str(folder), purge_step=resumed_from + 1)
     for row in rows:
         for key, value in scalars(row).items():
             if key != "step":
