@@ -9,8 +9,10 @@
                       end.json             how it ended, in its own words
         metrics/<generation>.jsonl         one writer per file; first line says where it resumed
         ckpt/step-000012000/               committed checkpoints
+        export/step-000012000/             encoders for everything downstream
         result.json                        the run is over: done or diverged
         features/, transfer/               what evaluations left
+        mirrors/                           copies of the metrics in other programs' formats
 
 A *generation* is a start of the run that may write. It exists once its metrics file does, and a
 writer may commit only while no newer one exists. Every record is created or replaced whole

@@ -382,7 +382,8 @@ def test_a_plan_row_by_hand() -> None:
             "items_per_user": 50, "items_per_user_mean": 18.0, "sequence_length": 50,
             "tokens_per_item_mean": 6.0, "data_fraction": 0.5, "shuffle": False, "n_users": 5000,
             "users_seen": 5000, "epochs": 1.6, "repeats": 0.6, "steps": 1000, "seed": 5,
-            "lr": 5e-4, "eps": 1e-6, "clip_norm": 0.01,
+            "lr": 5e-4, "eps": 1e-6, "clip_norm": 0.01, "precision": "fp32", "gather": "exact",
+            "gather_ranks": None, "distinct_items": False,
             "flops": flops, "flops_exact": exact, "pf_days": flops / 8.64e19,
             "pf_days_exact": exact / 8.64e19,
         }

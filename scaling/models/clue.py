@@ -106,9 +106,10 @@ class CLUE(ContrastiveEncoder):
 
         def encode_users(a: int, b: int) -> Tensor:
             layout = Layout.of(batch.row_lengths[a:b], self.config.d_model, self.device)
-            history = item_emb[items[rows[a] : rows[b]]]
+            history = item_emb.index_select(0, items[rows[a] : rows[b]])
             user_emb: Tensor = self.service(layout.scatter(history), layout)
             return user_emb
 
-        item_emb = in_chunks(encode_items, batch.item_lengths, micro_batch_tokens, self.draws)
-        return in_chunks(encode_users, batch.row_lengths, micro_batch_tokens, self.draws)
+        most, random = micro_batch_tokens, self.draws
+        item_emb = in_chunks(encode_items, batch.item_lengths, most, random, self.device)
+        return in_chunks(encode_users, batch.row_lengths, most, random, self.device)

@@ -40,4 +40,4 @@ class Single(ContrastiveEncoder):
             own = tokens[offsets[a] : offsets[b]]
             return self.encode_items(own, offsets[a : b + 1] - offsets[a])
 
-        return in_chunks(encode, kept, micro_batch_tokens, self.draws)
+        return in_chunks(encode, kept, micro_batch_tokens, self.draws, self.device)

@@ -49,8 +49,15 @@ class Layout:
         sizes = [t for t in TILE_SIZES if t >= longest][:4]
         if not sizes:
             raise ValueError(f"a sequence of {longest} elements exceeds {TILE_SIZES[-1]}")
-        candidates = [pack(lengths, t) for t in sizes]
-        tiles = min(candidates, key=lambda c: c.n_tiles * c.tile * (6 * d_model + c.tile))
+        tiles, least = None, np.inf
+        for t in sizes:
+            cost = 6 * d_model + t
+            if -(-int(lengths.sum()) // t) * t * cost >= least:
+                continue  # not even full tiles of this size would cost less
+            packed = pack(lengths, t)
+            if packed.n_tiles * t * cost < least:
+                tiles, least = packed, packed.n_tiles * t * cost
+        assert tiles is not None
         sequence = tiles.sequence.ravel()
         places = np.zeros_like(sequence)
         starts = np.cumsum(lengths) - lengths
@@ -140,7 +147,11 @@ class Stack(nn.Module):
 
 
 def in_chunks(
-    encode: Callable[[int, int], Tensor], lengths: Ints, most: int | None, dropout: bool
+    encode: Callable[[int, int], Tensor],
+    lengths: Ints,
+    most: int | None,
+    dropout: bool,
+    device: torch.device,
 ) -> Tensor:
     """Encode sequences a chunk at a time, holding the activations of one chunk only.
 
@@ -155,13 +166,19 @@ def in_chunks(
         lengths: elements of each sequence. [sequences]
         most: elements of a chunk at most; a longer sequence is its own chunk. None: one chunk.
         dropout: whether ``encode`` draws random numbers, which must then be drawn again.
+        device: where it draws them.
 
     Returns:
         All embeddings, in order. [sequences, d]
     """
+    here = torch.empty(0, device=device)  # checkpoint keeps random states of its tensors' devices
+
+    def embed(first: int, last: int, _: Tensor) -> Tensor:
+        return encode(first, last)
+
     bounds = chunk_bounds(lengths, most)
-    parts = [
-        checkpoint(encode, a, b, use_reentrant=False, preserve_rng_state=dropout)
+    parts: list[Tensor] = [
+        checkpoint(embed, a, b, here, use_reentrant=False, preserve_rng_state=dropout)
         for a, b in bounds[:-1]
     ]
     parts.append(encode(*bounds[-1]))

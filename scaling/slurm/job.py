@@ -230,6 +230,8 @@ def _train(
 
 HOST_IS_FULL = ("DefaultCPUAllocator", "could not create a primitive")
 """What PyTorch and oneDNN say where the host's memory is full."""
+GPU_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What CUDA's libraries say where the GPU's is."""
 
 
 def classify(error: BaseException) -> str:
@@ -238,7 +240,7 @@ def classify(error: BaseException) -> str:
     while chain is not None:
         names = {c.__name__ for c in type(chain).__mro__}
         text = str(chain)
-        if "OutOfMemoryError" in names:
+        if "OutOfMemoryError" in names or any(words in text for words in GPU_IS_FULL):
             return "gpu_oom"
         if isinstance(chain, MemoryError) or any(words in text for words in HOST_IS_FULL):
             return "host_oom"

@@ -146,6 +146,11 @@ class ClusterProfile(Frozen):
                 f"{shape.world_size} ranks of profile {self.name!r} ({shape.nodes} nodes x "
                 f"{shape.tasks_per_node} tasks)"
             )
+        if config.gather_ranks not in (None, shape.world_size):
+            raise ConfigError(
+                f"run {config.run_key}: gather = {config.gather!r} with gather_ranks = "
+                f"{config.gather_ranks}, and profile {self.name!r} starts {shape.world_size} ranks"
+            )
         return shape
 
 

@@ -25,17 +25,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scaling.files import RecordError, read_json, sha256, staging, write_bytes, write_json
+from scaling.files import (
+    TMP_PREFIX,
+    RecordError,
+    read_json,
+    sha256,
+    staging,
+    write_bytes,
+    write_json,
+)
 from scaling.rundir import RunDir
 from scaling.train.engine import MOMENTS, loss_scale, master, restore_loss_scale, set_state
 from scaling.train.ranks import Ranks
 
 log = logging.getLogger(__name__)
 TENSORS = ("params", *MOMENTS)
-
-
-class PeerError(RecordError):
-    """Another rank failed and says why; this one only follows."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,13 @@ def newest(run: RunDir, *, set_aside: bool = False) -> Checkpoint | None:
     return None
 
 
+def clear_leftovers(run: RunDir) -> None:
+    """Remove what killed starts left half-written; their generations can publish no more."""
+    for folder in ("ckpt", "export"):
+        for path in run.path.glob(f"{folder}/{TMP_PREFIX}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def save(
     run: RunDir,
     engine: Any,
@@ -118,25 +129,22 @@ def save(
         tensors["params"][name] = master(engine, parameter)
         for moment in MOMENTS:
             tensors[moment][name] = master(engine, parameter, moment)
-    failed = None
-    if ranks.rank == 0:
-        try:
-            manifest = {
-                "schema_version": 1,
-                "run_key": run.run_key,
-                "step": step,
-                "generation": generation,
-                "world_size": ranks.world_size,
-                "counters": dict(counters),
-                "loss_scale": loss_scale(engine),
-            }
-            _write(run, tensors, manifest)
-            for old in committed(run)[:-keep]:
-                shutil.rmtree(old)
-        except (OSError, RecordError) as e:
-            failed = e
-    if ranks.any(failed is not None)[0]:
-        raise failed or PeerError(f"rank 0 could not commit the checkpoint of step {step}")
+    manifest = {
+        "schema_version": 1,
+        "run_key": run.run_key,
+        "step": step,
+        "generation": generation,
+        "world_size": ranks.world_size,
+        "counters": dict(counters),
+        "loss_scale": loss_scale(engine),
+    }
+
+    def write() -> None:
+        _write(run, tensors, manifest)
+        for old in committed(run)[:-keep]:
+            shutil.rmtree(old)
+
+    ranks.first(write)
 
 
 def _write(

@@ -24,11 +24,12 @@ FP16 = {
     "enabled": True,
     "loss_scale": 0,  # dynamic
     "initial_scale_power": 16,
-    "loss_scale_window": 1000,
+    "loss_scale_window": 2**31,  # never: see `update`
     "hysteresis": 1,
     "min_loss_scale": 1,
 }
-"""Dynamic loss scale: halved where gradients overflow, doubled after 1,000 good steps."""
+"""Dynamic loss scale: halved where gradients overflow, doubled after ``GOOD_STEPS``."""
+GOOD_STEPS = 1000
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter")
 
 
@@ -63,7 +64,11 @@ def start_engine(
             "train_micro_batch_size_per_gpu": config.batch_size // ranks.world_size,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": optim.clip_norm,
-            "zero_optimization": {"stage": stage},
+            # DeepSpeed would allocate its default of 5e8 elements for the smallest model, too.
+            "zero_optimization": {
+                "stage": stage,
+                "reduce_bucket_size": min(5 * 10**8, sum(p.numel() for p in model.parameters())),
+            },
             "bf16": {"enabled": config.precision == "bf16"},
             "fp16": FP16 if config.precision == "fp16" else {"enabled": False},
             "steps_per_print": 2**31,
@@ -163,6 +168,12 @@ def update(engine: Any, lr: float) -> tuple[float, bool]:
     if plain:
         return float(total), True
     taken = not (engine.fp16_enabled() and engine.optimizer.overflow)
+    if engine.fp16_enabled() and taken:
+        # Ours, after the step: DeepSpeed doubles the scale before it unscales that step's
+        # gradients, which halves them.
+        scaler = engine.optimizer.loss_scaler
+        if (scaler.cur_iter - 1 - scaler.last_overflow_iter) % GOOD_STEPS == 0:
+            scaler.cur_scale *= scaler.scale_factor
     norm = float(engine.get_global_grad_norm())
     return (norm if norm >= 0 else math.inf), taken  # -1 is DeepSpeed's word for not finite
 
@@ -186,22 +197,25 @@ def damping(engine: Any, config: RunConfig, step: int) -> dict[str, float]:
     """How much eps shortens AdamW's update: quantiles of sqrt(v) / (sqrt(v) + eps).
 
     v is the second moment with its bias corrected. Over all parameters but the tables, whose rows
-    are mostly not met in a step; of large ones every n-th. 1 is none, 0 all. All ranks call it.
+    are mostly not met in a step; where they are many, over every n-th. 1 is none, 0 all. All ranks
+    call it.
 
     Args:
         step: optimiser steps done, at least 1.
     """
+    dense = [p for n, p in engine.module.named_parameters() if not n.endswith("_emb.weight")]
+    every = max(1, sum(p.numel() for p in dense) // DAMPING_SAMPLE)
     correction = 1 - config.optim.betas[1] ** step
-    sampled = []
-    for name, parameter in engine.module.named_parameters():
-        v = master(engine, parameter, "exp_avg_sq")
-        if not name.endswith("_emb.weight"):
-            sampled.append(v.flatten()[:: max(1, v.numel() // DAMPING_SAMPLE)])
+    sampled, offset = [], 0
+    for parameter in dense:
+        sampled.append(master(engine, parameter, "exp_avg_sq").flatten()[offset::every])
+        offset = (offset - parameter.numel()) % every
     root = (torch.cat(sampled) / correction).sqrt()
-    ratio = root / (root + config.optim.eps)
-    low, median = torch.quantile(ratio[: 2**24], torch.tensor([0.1, 0.5])).tolist()
+    low, median = torch.quantile(
+        root / (root + config.optim.eps), torch.tensor([0.1, 0.5])
+    ).tolist()
     return {"damping_p10": low, "damping": median}
 
 
-DAMPING_SAMPLE = 4096
-"""Elements of a parameter that ``damping`` looks at, about."""
+DAMPING_SAMPLE = 2**18
+"""Elements that ``damping`` looks at, about."""

@@ -7,11 +7,11 @@ Written at the run's end and at its milestones (``TrainSettings.milestones``), e
 and never removed.
 """
 
-from collections.abc import Mapping
+import shutil
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
-from torch import Tensor
 
 from scaling.config import RunConfig
 from scaling.files import RecordError, read_json, sha256, staging, write_json
@@ -19,7 +19,7 @@ from scaling.flops import count_parameters
 from scaling.models import build
 from scaling.models.clue import ContrastiveEncoder
 from scaling.rundir import RunDir
-from scaling.train.checkpoint import write_tensors
+from scaling.train.checkpoint import Checkpoint
 
 SCHEMA_VERSION = 1
 
@@ -30,33 +30,36 @@ def exported(run: RunDir) -> dict[int, Path]:
     return {int(p.name.removeprefix("step-")): p for p in sorted(folders)}
 
 
-def export(run: RunDir, config: RunConfig, step: int, params: Mapping[str, Tensor]) -> None:
-    """Publish the parameters after ``step``; what is published already stays.
+def export(run: RunDir, config: RunConfig, checkpoint: Checkpoint, generation: int) -> None:
+    """Publish a checkpoint's parameters, to the byte.
 
-    Args:
-        params: fp32, by name, as a checkpoint's ``load("params")`` gives them.
+    An export of the same step that holds others, of a start whose checkpoint was lost since, is
+    set aside as ``stale-*``: what transfer scores must be what the run's loss was measured on.
 
     Raises:
+        Superseded: a newer generation has started; nothing is published.
         OSError: the disk is full; nothing is published.
     """
-    final = run.path / "export" / f"step-{step:09d}"
+    final = run.path / "export" / f"step-{checkpoint.step:09d}"
+    params = checkpoint.manifest["files"]["params.safetensors"]
     if final.is_dir():
-        return
+        if _card(final)["sha256"] == params["sha256"]:
+            return
+        final.rename(final.with_name(f"stale-{final.name}-{len(list(final.parent.iterdir()))}"))
     with staging(final) as folder:
-        file = folder / "model.safetensors"
-        write_tensors(file, params)
+        shutil.copyfile(checkpoint.path / "params.safetensors", folder / "model.safetensors")
         write_json(
             folder / "config.json",
             {
                 "schema_version": SCHEMA_VERSION,
                 "run_key": run.run_key,
-                "step": step,
+                "step": checkpoint.step,
                 "config": config.model_dump(mode="json"),
                 "n_total": count_parameters(config.model, config.data.vocab_size).n_total,
-                "size": file.stat().st_size,
-                "sha256": sha256(file),
+                **params,
             },
         )
+        run.fence(generation)
 
 
 def load_encoder(run: RunDir, step: int | None = None) -> tuple[ContrastiveEncoder, int]:
@@ -72,7 +75,8 @@ def load_encoder(run: RunDir, step: int | None = None) -> tuple[ContrastiveEncod
     if not there:
         raise RecordError(
             f"{run.path / 'export'}: nothing is exported yet; a run exports its encoder at its end "
-            "and at its milestones"
+            f"and at its milestones (of one that ended before exports existed: clue-scaling train "
+            f"{run.run_key})"
         )
     chosen = max(there) if step is None else step
     if chosen not in there:
@@ -87,9 +91,7 @@ def read_encoder(folder: Path) -> ContrastiveEncoder:
     Raises:
         RecordError: a file is missing, altered, or of another version.
     """
-    card = read_json(folder / "config.json")
-    if not isinstance(card, dict) or card.get("schema_version") != SCHEMA_VERSION:
-        raise RecordError(f"{folder / 'config.json'}: not version {SCHEMA_VERSION} of an export")
+    card = _card(folder)
     file = folder / "model.safetensors"
     if not file.exists() or file.stat().st_size != card["size"] or sha256(file) != card["sha256"]:
         raise RecordError(f"{file}: missing, or not the file that config.json tells of")
@@ -97,3 +99,14 @@ def read_encoder(folder: Path) -> ContrastiveEncoder:
     model = build(config.model, config.data.vocab_size)
     model.load_state_dict(load_file(file))
     return model.eval()
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    card = read_json(folder / "config.json")
+    if (
+        not isinstance(card, dict)
+        or card.get("schema_version") != SCHEMA_VERSION
+        or not {"size", "sha256", "config"} <= card.keys()
+    ):
+        raise RecordError(f"{folder / 'config.json'}: not version {SCHEMA_VERSION} of an export")
+    return card

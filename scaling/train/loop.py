@@ -9,6 +9,7 @@ a restart, and on CPU at the same world size and micro-batch a killed and resume
 undisturbed one bit for bit.
 """
 
+import functools
 import logging
 import math
 import os
@@ -41,7 +42,7 @@ from scaling.train.engine import (
     update,
 )
 from scaling.train.evaluate import Evaluation
-from scaling.train.export import export
+from scaling.train.export import export, exported
 from scaling.train.mirrors import Mirrors
 from scaling.train.ranks import Ranks
 from scaling.train.throughput import Stopwatch, peak_flops, peak_memory
@@ -79,9 +80,10 @@ def train(
         OutOfMemory: a step does not fit into memory; the message says which micro-batch does.
         Superseded: a newer generation of the run has started.
     """
-    if (result := run.result()) is not None:
-        return result
     config = run.spec()
+    if (result := run.result()) is not None:
+        _export_finished(run, config, result)
+        return result
     if settings.threads:
         torch.set_num_threads(settings.threads)
     ranks = Ranks.join()
@@ -97,7 +99,15 @@ def train(
     recorded = _recorded_micro_batch(run, ranks) if ranks.rank == 0 else 0
     step, micro_batch_tokens = ranks.tell([found.step if found else 0, recorded])
     create_optimizer_state(engine, step)
-    micro_batch_tokens = settings.micro_batch_tokens or micro_batch_tokens
+    given = settings.micro_batch_tokens
+    if given and micro_batch_tokens and given != micro_batch_tokens and config.model.dropout:
+        log.warning(
+            "micro_batch_tokens = %d, and %d before: dropout is drawn by micro-batch, so the run "
+            "goes on, but not with the numbers that it would have had undisturbed",
+            given,
+            micro_batch_tokens,
+        )
+    micro_batch_tokens = given or micro_batch_tokens
     if not micro_batch_tokens:
         micro_batch_tokens = memory.find_micro_batch(model, batches.batch(step), config, ranks)
     execution = {"world_size": ranks.world_size, "micro_batch_tokens": micro_batch_tokens}
@@ -114,6 +124,7 @@ def train(
                 "settings": settings.model_dump(mode="json"),
             }
         )
+        checkpoint.clear_leftovers(run)
     (generation,) = ranks.tell([generation])
     counters = Counters(config, ranks)
     if step:
@@ -141,13 +152,15 @@ def train(
             append_line(metrics, row)
             mirrors.write(row)
 
-    def evaluate() -> bool:
-        """The pool loss after ``step``; False if told to stop on the way, on any rank."""
+    def evaluate() -> tuple[bool, bool]:
+        """The pool loss after ``step``: was it stopped on the way, and is it not finite?"""
         shortened, totals = damping(engine, config, step), counters.totals()
         row = evaluation(model, tau, should_stop) if evaluation else {}
-        if row is not None:
-            record("pool", {**row, **shortened}, totals)
-        return not ranks.any(row is None)[0]
+        finite = not row or math.isfinite(row["loss"] + row["loss_refit"])
+        stopped, diverged = ranks.any(row is None, not finite)
+        if not (stopped or diverged):
+            ranks.first(lambda: record("pool", {**(row or {}), **shortened}, totals))
+        return stopped, diverged
 
     def commit() -> None:
         totals = counters.totals()
@@ -159,16 +172,19 @@ def train(
         )
 
     def publish() -> None:
-        if ranks.rank == 0:
-            committed = checkpoint.read(run.path / "ckpt" / f"step-{step:09d}")
-            export(run, config, step, committed.load("params"))
+        folder = run.path / "ckpt" / f"step-{step:09d}"
+        ranks.first(lambda: export(run, config, checkpoint.read(folder), generation))
 
     def finish(status: str) -> dict[str, Any]:
         totals = counters.totals()
-        if ranks.rank == 0:
+
+        def write() -> None:
+            if metrics:
+                os.fsync(metrics.fileno())
             result = result_record(run, config, totals, status, step, execution)
             run.write_result(generation, result)
-        ranks.barrier()
+
+        ranks.first(write)
         written = run.result()
         assert written is not None
         return written
@@ -177,8 +193,12 @@ def train(
     try:
         # What a start that was stopped or killed after its last commit still owed.
         owed = ranks.rank == 0 and step in evaluation_steps and step not in _evaluated(run)
-        if ranks.any(owed)[0] and not evaluate():
-            return None
+        if ranks.any(owed)[0]:
+            stopped, diverged = evaluate()
+            if diverged:
+                return finish("diverged")
+            if stopped:
+                return None
         if step in milestones:
             publish()
 
@@ -192,12 +212,12 @@ def train(
                     batch_loss = _backward(
                         engine, batch, tau, config, micro_batch_tokens, ranks, watch
                     )
-                    with watch.phase("step"):
-                        norm, taken = update(engine, lr)
                 except (RuntimeError, MemoryError) as e:
                     if not memory.is_out_of_memory(e):
                         raise
-                    raise memory.explain(e, model, batch, micro_batch_tokens, step) from e
+                    raise memory.explain(e, model, batch, config, micro_batch_tokens, step) from e
+                with watch.phase("step"):
+                    norm, taken = update(engine, lr)
                 loss = float(batch_loss)
                 overflows += not taken
                 taken = taken or not math.isfinite(loss)
@@ -228,9 +248,14 @@ def train(
                         "peak_memory_bytes": peak_memory(ranks.device),
                     },
                 }
-                record("train", row, totals)
+                ranks.first(functools.partial(record, "train", row, totals))
                 flops = totals["flops_exact"]
-            owed = step in evaluation_steps and (stop or not evaluate())
+            owed = stop and step in evaluation_steps
+            if step in evaluation_steps and not stop:
+                owed, diverged = evaluate()
+                if diverged:
+                    log.warning("pool loss is not finite after step %d: diverged", step)
+                    return finish("diverged")
             stop = stop or owed
             if stop or step == steps or step % checkpoint_every == 0 or step in milestones:
                 commit()
@@ -318,7 +343,18 @@ def _check(config: RunConfig, corpus: Corpus, settings: TrainSettings, ranks: Ra
             f"precision = 'bf16': {torch.cuda.get_device_name()} has no bf16; use 'fp16'"
         )
     if config.precision == "fp16" and not fp16_supported():
-        raise ConfigError("precision = 'fp16' is for GPUs; on this CPU use 'fp32'")
+        raise ConfigError(
+            "precision = 'fp16': DeepSpeed does not train in it on this device; use 'fp32'"
+        )
+
+
+def _export_finished(run: RunDir, config: RunConfig, result: Mapping[str, Any]) -> None:
+    """Export the encoder of a run that ended before runs exported theirs."""
+    if result["status"] != "done" or exported(run):
+        return
+    found = checkpoint.newest(run)
+    if found is not None and found.step == result["step"]:
+        export(run, config, found, max(run.generations()))
 
 
 def _recorded_micro_batch(run: RunDir, ranks: Ranks) -> int:

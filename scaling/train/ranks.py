@@ -1,15 +1,24 @@
 """The ranks of one run: one process each, joined through DeepSpeed's communication layer."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from scaling import ClueError
 from scaling.config import ConfigError
+from scaling.files import RecordError
+
+T = TypeVar("T")
+
+
+class PeerError(RecordError):
+    """Another rank failed and says why; this one only follows."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,25 @@ class Ranks:
         raised = torch.tensor([float(f) for f in flags], device=self.device)
         torch.distributed.all_reduce(raised, op=torch.distributed.ReduceOp.MAX)
         return [bool(r) for r in raised.tolist()]
+
+    def first(self, act: Callable[[], T]) -> T | None:
+        """Let rank 0 do something that the others wait for; where it fails, all ranks do.
+
+        Returns:
+            What rank 0 got; None on the others.
+
+        Raises:
+            PeerError: on the others; rank 0 raises what it met.
+        """
+        failed, got = None, None
+        if self.rank == 0:
+            try:
+                got = act()
+            except (OSError, ValueError, ClueError) as e:
+                failed = e
+        if self.any(failed is not None)[0]:
+            raise failed or PeerError("rank 0 has failed; its log says why")
+        return got
 
     def tell(self, values: list[int]) -> list[int]:
         """Rank 0's integers, on every rank."""

@@ -12,6 +12,7 @@ T = TypeVar("T")
 PHASES = ("data", "forward", "backward", "step")
 
 PEAK_TFLOPS: dict[str, dict[str, float]] = {
+    "H200 NVL": {"bf16": 835, "fp16": 835, "fp32": 60},
     "H200": {"bf16": 989, "fp16": 989, "fp32": 67},
     "H100 PCIe": {"bf16": 756, "fp16": 756, "fp32": 51},
     "H100 NVL": {"bf16": 835, "fp16": 835, "fp32": 60},

@@ -165,7 +165,7 @@ def evaluate(
         TransferError: the corpus is not the run's, a setting is not valid (for a task), a task is
             of a form that this does not evaluate, or all are: then nothing is computed. Or the
             encoder's features are not finite (a diverged run).
-        RecordError: the run has no whole checkpoint, or its record is torn.
+        RecordError: the run has exported nothing yet, or its record is torn.
         CorpusError: the corpus has no such task.
     """
     if history not in HISTORIES:

@@ -99,3 +99,20 @@ def test_an_evaluation_in_chunks_is_the_same(rng):
     batch = make_batch(rng, [5, 1, 9, 3, 2, 8])
     with torch.no_grad():
         assert torch.allclose(model(batch, 16), model(batch), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("system", ["clue", "single"])
+def test_random_states_are_kept_of_the_device_that_draws(rng, monkeypatch, system):
+    """checkpoint keeps those of its tensor arguments' devices; of a GPU, without one, none."""
+    config = ModelConfig(system=system, layers=1, d_model=8, heads=1, dropout=0.1)
+    model = build(config, VOCAB).train()
+    seen = []
+
+    def spy(function, *args, preserve_rng_state, use_reentrant):
+        seen.append(preserve_rng_state and {a.device for a in args if torch.is_tensor(a)})
+        return function(*args)
+
+    monkeypatch.setattr("scaling.models.transformer.checkpoint", spy)
+    model(make_batch(rng, [5, 1, 9, 3]), 20)
+    assert len(seen) > 1
+    assert all(devices == {model.device} for devices in seen)

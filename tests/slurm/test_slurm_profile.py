@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from scaling.config import ConfigError, read_toml
+from scaling.config import ConfigError, RunConfig, read_toml
 from scaling.slurm.doctor import doctor
 from scaling.slurm.profile import ClusterProfile, Shape, ShapeRule
 
@@ -87,3 +87,21 @@ def test_doctor_names_a_root_that_cannot_be(tmp_path, slurm_profile):
     assert [f.check for f in problems] == ["root folder"]
     assert problems[0].found.startswith("not writable")
     assert doctor(tmp_path / "a b", local)[0].level == "problem"
+
+
+def test_a_run_for_another_number_of_ranks_is_refused_before_it_is_queued():
+    config = RunConfig.model_validate(
+        {
+            "model": {"layers": 1, "d_model": 8, "heads": 1},
+            "data": {"corpus_digest": "a" * 16, "vocab_size": 300},
+            "batch_size": 16,
+            "negatives": 16,
+            "gather": "local",
+            "gather_ranks": 4,
+            "pool": {"size": 8, "digest": "a" * 16},
+        }
+    )
+    profile = ClusterProfile(name="two", shape=Shape(tasks_per_node=2))
+    with pytest.raises(ConfigError, match="gather_ranks = 4, and profile 'two' starts 2 ranks"):
+        profile.shape_of(config)
+    assert ClusterProfile(name="four", shape=Shape(tasks_per_node=4)).shape_of(config)

@@ -92,3 +92,18 @@ def test_a_start_that_is_stopped_in_an_owed_evaluation_still_owes_it(corpus, tmp
     assert not run.curve("pool")
     train(run, corpus, TrainSettings(threads=1))
     assert [row["step"] for row in run.curve("pool")] == [6, 12, 18, 24]
+
+
+def test_a_pool_loss_that_is_not_finite_ends_the_run_as_diverged(corpus, tmp_path, monkeypatch):
+    """In 16 bits the pool may overflow right after an update, before a training loss shows it."""
+    whole = Evaluation.__call__
+
+    def overflowed(self, *args):
+        row = whole(self, *args)
+        return row | {"loss": math.nan} if run.progress()["step"] == 12 else row
+
+    run = RunDir.create(tmp_path, configure(corpus), "tiny")
+    monkeypatch.setattr(Evaluation, "__call__", overflowed)
+    result = train(run, corpus, TrainSettings(threads=1))
+    assert (result["status"], result["step"], result["loss"]) == ("diverged", 12, None)
+    assert [row["step"] for row in run.curve("pool")] == [6]

@@ -1,5 +1,6 @@
 """Exports: what transfer reads, at the end and at milestones, whole or not there."""
 
+import os
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ from test_loop import StopAt, configure, parameters
 
 from scaling.config import TrainSettings
 from scaling.files import RecordError
-from scaling.rundir import RunDir
+from scaling.rundir import RunDir, Superseded
 from scaling.train import checkpoint
 from scaling.train.export import export, exported, load_encoder, read_encoder
 from scaling.train.loop import train
@@ -92,7 +93,56 @@ def test_an_export_that_a_crash_left_out_is_made_by_the_next_start(corpus, tmp_p
 
 
 def test_publishing_again_changes_nothing(finished):
-    folder = exported(finished)[6]
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    export(finished, finished.spec(), 6, {"wrong": torch.zeros(1)})
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    folder = exported(finished)[24]
+    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.iterdir()}
+    export(finished, finished.spec(), checkpoint.newest(finished), 1)
+    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.iterdir()} == before
+
+
+def test_an_export_whose_checkpoint_was_lost_gives_way_to_the_one_of_the_result(corpus, tmp_path):
+    """Killed between the last export and the result; then the last checkpoint is damaged."""
+    run = RunDir.create(tmp_path, configure(corpus, dropout=0.1), "tiny")
+    train(run, corpus, TrainSettings(threads=1, micro_batch_tokens=50))
+    (run.path / "result.json").unlink()
+    os.truncate(run.path / "ckpt/step-000000024/params.safetensors", 100)
+    train(run, corpus, TrainSettings(threads=1, micro_batch_tokens=80))  # another dropout
+    model, _ = load_encoder(run)
+    last = parameters(run)
+    assert all(torch.equal(v, last[n]) for n, v in model.state_dict().items())
+    assert len(list(run.path.glob("export/stale-step-000000024-*"))) == 1
+
+
+def test_a_superseded_generation_exports_nothing(corpus, tmp_path, monkeypatch):
+    run = RunDir.create(tmp_path, configure(corpus), "tiny")
+    save = checkpoint.save
+
+    def overtaken(*args, **kwargs):
+        save(*args, **kwargs)
+        if kwargs["step"] == 24:
+            run.start_generation({"resumed_from": 0})
+
+    monkeypatch.setattr(checkpoint, "save", overtaken)
+    with pytest.raises(Superseded):
+        train(run, corpus, TrainSettings(threads=1))
+    assert not exported(run)
+    assert not list(run.path.glob("export/*"))
+
+
+def test_a_run_that_ended_before_exports_existed_is_exported_by_train(corpus, tmp_path):
+    run = RunDir.create(tmp_path, configure(corpus), "tiny")
+    result = train(run, corpus, TrainSettings(threads=1))
+    shutil.rmtree(run.path / "export")
+    with pytest.raises(RecordError, match=f"clue-scaling train {run.run_key}"):
+        load_encoder(run)
+    assert train(run, corpus, TrainSettings(threads=1)) == result
+    assert load_encoder(run)[1] == 24
+
+
+def test_what_a_killed_start_left_half_written_is_removed_by_the_next(corpus, tmp_path):
+    run = RunDir.create(tmp_path, configure(corpus), "tiny")
+    left = [run.path / f / ".tmp-step-000000009-abc" for f in ("ckpt", "export")]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "params.safetensors").write_bytes(b"half")
+    train(run, corpus, TrainSettings(threads=1))
+    assert not any(folder.exists() for folder in left)

@@ -17,7 +17,7 @@ from scaling.models import build
 from scaling.models.transformer import Stack
 from scaling.packing import PackedBatch
 from scaling.rundir import RunDir
-from scaling.slurm.job import HOST_IS_FULL, classify
+from scaling.slurm.job import GPU_IS_FULL, HOST_IS_FULL, classify
 from scaling.train import memory
 from scaling.train.loop import train
 from scaling.train.ranks import Ranks
@@ -39,7 +39,7 @@ def rows_of(batch: PackedBatch) -> list[list[list[int]]]:
 
 @settings(max_examples=30)
 @given(seed=st.integers(0, 999), users=st.integers(1, 6), tokens=st.integers(1, 120))
-def test_the_first_users_are_a_batch_of_their_own(seed, users, tokens):
+def test_the_heaviest_users_are_a_batch_of_their_own(seed, users, tokens):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 5, 2 * users)
     item_lengths = rng.integers(1, 6, 9)
@@ -50,44 +50,63 @@ def test_the_first_users_are_a_batch_of_their_own(seed, users, tokens):
         item_offsets=np.append(0, lengths.cumsum()),
         n_services=2,
     )
-    part = memory.first_users(batch, tokens)
+    part = memory.heaviest_users(batch, tokens)
     whole, n = rows_of(batch), part.n_users
-    assert rows_of(part) == whole[:n] + whole[users : users + n]
+    of_user = [whole[u] + whole[users + u] for u in range(users)]
+    weights = [sum(map(len, items)) for items in of_user]
+    heaviest = sorted(range(users), key=lambda u: -weights[u])[:n]
+    assert rows_of(part) == [whole[s * users + u] for s in (0, 1) for u in heaviest]
     assert n == users or len(part.tokens) >= tokens
-    if n > 1:
-        assert (
-            len(memory.first_users(batch, tokens).tokens)
-            - sum(len(item) for row in (whole[n - 1], whole[users + n - 1]) for item in row)
-            < tokens
-        )
+    assert n == 1 or len(part.tokens) - weights[heaviest[-1]] < tokens
 
 
-def test_bytes_of_an_element_do_not_depend_on_the_batch_and_grow_with_the_model(corpus):
-    config = configure(corpus)
-    batch = Batches(corpus, config).batch(0)
+@pytest.mark.parametrize("system", ["clue", "single"])
+def test_bytes_are_per_element_and_grow_with_the_model(corpus, system, monkeypatch):
+    monkeypatch.setattr(memory, "MAX_TOKENS_SINGLE", 12)
+    monkeypatch.setattr("scaling.models.single.MAX_TOKENS_SINGLE", 12)
+    batch = Batches(corpus, configure(corpus)).batch(0)
 
     def measured(layers, d):
-        model = build(ModelConfig(layers=layers, d_model=d, heads=2), corpus.card.vocab_size)
-        return memory.bytes_per_element(model, batch)
+        shape = {"system": system, "layers": layers, "d_model": d, "heads": 2}
+        model = build(ModelConfig.model_validate(shape), corpus.card.vocab_size)
+        token, item = memory.bytes_per_element(model, batch)
+        assert (item == 0) == (system == "single")
+        return [token] if system == "single" else [token, item]
 
     # Per element and layer, in fp32: norms, qkv, attention, feed-forward 4d twice: 16 d and more.
     for layers, d in [(1, 16), (2, 16), (2, 64)]:
-        assert 4 * 16 * d * layers < measured(layers, d) < 4 * 40 * d * (layers + 2)
+        for each in measured(layers, d):
+            assert 4 * 16 * d * layers < each < 4 * 60 * d * (layers + 2)
 
 
 def test_what_is_found_fits_the_memory_there_is(corpus, monkeypatch):
     config = configure(corpus)
     model = build(config.model, config.data.vocab_size)
     batch = Batches(corpus, config).batch(0)
+    token, item = memory.bytes_per_element(model, batch)
     found = {}
     for gib in (1, 2, 4):
         monkeypatch.setattr(memory, "free_memory", lambda _, g=gib: g * 2**30)
         found[gib] = memory.find_micro_batch(model, batch, config, ALONE)
-        planned = found[gib] * memory.bytes_per_element(model, batch) * memory.GRADIENTS
+        planned = found[gib] * max(1.5 * token, token + 1.5 * item)
         assert 0.3 * 2**30 * gib < planned < memory.SHARE["cpu"] * 2**30 * gib
     assert found[1] < found[2] < found[4]
     monkeypatch.setattr(memory, "free_memory", lambda _: 1)
     assert memory.find_micro_batch(model, batch, config, ALONE) == memory.ROUND
+
+
+def test_room_in_a_control_group_counts_the_cache_of_files_as_free(tmp_path, monkeypatch):
+    """A corpus that is mapped into memory fills a job's group, and is given up when asked."""
+    (tmp_path / "self").write_text("0::/job\n7:blkio:/x\n")
+    group = tmp_path / "cgroup" / "job"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("1000000\n")
+    (group / "memory.current").write_text("900000\n")
+    (group / "memory.stat").write_text("anon 100000\nactive_file 300000\ninactive_file 400000\n")
+    (tmp_path / "cgroup" / "memory.max").write_text("max\n")  # no limit above
+    monkeypatch.setattr(memory, "GROUPS", tmp_path / "self")
+    monkeypatch.setattr(memory, "GROUP_ROOT", str(tmp_path / "cgroup"))
+    assert memory._cgroup_room() == [800_000]
 
 
 def test_free_memory_is_that_of_the_machine_and_of_its_control_groups(monkeypatch):
@@ -117,6 +136,16 @@ def test_a_restart_takes_the_micro_batch_of_the_start_before(corpus, tmp_path, m
     assert result["micro_batch_tokens"] == 50
     assert curve(run) == curve(whole)
     assert all(torch.equal(v, parameters(whole)[n]) for n, v in parameters(run).items())
+
+
+def test_a_micro_batch_that_is_changed_by_hand_is_taken_with_a_warning(corpus, tmp_path, caplog):
+    run = RunDir.create(tmp_path, configure(corpus, dropout=0.1), "tiny")
+    stop = StopAt(7)
+    first, second = (TrainSettings(threads=1, micro_batch_tokens=n) for n in (50, 80))
+    train(run, corpus, first, progress=stop.progress, should_stop=stop)
+    train(run, corpus, second)
+    assert [s["micro_batch_tokens"] for s in run.starts()] == [50, 80]
+    assert "micro_batch_tokens = 80, and 50 before" in caplog.text
 
 
 def test_without_dropout_the_micro_batch_changes_nothing_beyond_rounding(corpus, tmp_path):
@@ -164,6 +193,17 @@ def test_a_step_that_does_not_fit_names_the_micro_batch_that_does(corpus, tmp_pa
     assert result["step"] == config.steps
 
 
+def test_where_the_loss_does_not_fit_no_micro_batch_is_named(corpus, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("scaling.train.contrast.contrastive_loss", full)
+    monkeypatch.setattr(memory, "contrastive_loss", full)
+    run = RunDir.create(tmp_path, configure(corpus), "tiny")
+    with pytest.raises(memory.OutOfMemory, match="smaller batch_size, negatives or model"):
+        train(run, corpus, TrainSettings(threads=1, micro_batch_tokens=100))
+
+
 def test_where_nothing_fits_more_ranks_are_asked_for(corpus, tmp_path, small_device):
     small_device(2)
     run = RunDir.create(tmp_path, configure(corpus), "tiny")
@@ -187,7 +227,7 @@ def test_a_failed_step_s_tensors_are_let_go(corpus, small_device):
         step()
     except torch.OutOfMemoryError as e:
         assert alive[0]() is not None
-        told = memory.explain(e, model, batch, 512, 3)
+        told = memory.explain(e, model, batch, config, 512, 3)
     assert alive[0]() is None
     assert "step 4" in str(told)
 
@@ -199,5 +239,9 @@ def test_a_job_that_ran_out_of_memory_is_classed_so():
     told.__cause__ = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
     assert classify(told) == "host_oom"
     assert memory.is_out_of_memory(told.__cause__)
-    assert HOST_IS_FULL == memory.HOST_IS_FULL  # slurm does not import train
+    cuda = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")
+    assert memory.is_out_of_memory(cuda)
+    assert classify(cuda) == "gpu_oom"
+    # slurm does not import train
+    assert (HOST_IS_FULL, GPU_IS_FULL) == (memory.HOST_IS_FULL, memory.GPU_IS_FULL)
     assert not memory.is_out_of_memory(RuntimeError("gloo: connection reset"))
