@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,8 @@ def train_step(monkeypatch):
 def test_train_step(tmp_path, malloc):
     sizes = ["--items", "256", "--width", "16", "--turns", "2", "--malloc", malloc]
     call = [sys.executable, BENCHMARKS / "train_step.py", "--quick", "--json", "--folder", tmp_path]
-    done = subprocess.run([*call, *sizes], capture_output=True, text=True, check=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # two wait for each other where cores are busy
+    done = subprocess.run([*call, *sizes], capture_output=True, text=True, check=True, env=env)
     found = json.loads(done.stdout)
     ratios = ["packed_over_padded_sdpa", "ragged_over_encoder", "activation_share",
               "cache_over_full", "gemm_share"]  # fmt: skip
@@ -120,3 +122,39 @@ def test_train_step_counts_each_storage_held_for_the_backward_pass_once(train_st
     copied = train_step.saved_bytes(model, lambda: x @ model.weight + x.clone() @ model.weight)
     assert twice == once > x.nbytes
     assert copied == once + x.nbytes
+
+
+def gpu(*arguments):
+    call = [sys.executable, BENCHMARKS / "gpu.py", "--device", "cpu", "--quick", "--json"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as above
+    done = subprocess.run([*call, *arguments], capture_output=True, text=True, check=True, env=env)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_gpu(tmp_path):
+    found = gpu("--folder", tmp_path, "--out", tmp_path / "gpu.json")
+    assert json.loads((tmp_path / "gpu.json").read_text()) == found
+    assert [p.name for p in tmp_path.iterdir()] == ["gpu.json"]
+    assert (found["failed"], found["skipped"], found["cut_off"]) == ({}, {}, None)
+    keys = ["mfu_d64", "mfu_d192", "mfu_d720", "packed_over_padded", "users_per_s"]
+    assert all(found[key] > 0 for key in keys)
+    assert all(max(r["embeddings"], r["gradients"]) < 1e-3 for r in found["exact"])
+    sections = ["packed", "padded", "loop", "profile", "compiled", "largest"]
+    assert not [r for name in sections for r in found[name] if r.get("failed")]
+    assert all(r["graphs"] > 0 for r in found["compiled"] if r["side"] == "compiled")
+    works = [r for r in found["attention"] if not r["failed"]]
+    assert {"default", "MATH"} <= {r["backend"] for r in works}
+    assert all(r["difference"] < 0.05 for r in works if not r["dropout"])
+    refused = {r["backend"] for r in found["attention"] if r["failed"]}
+    assert {"CUDNN_ATTENTION", "varlen_attn", "flex_attention"} <= refused  # they say why
+
+
+@pytest.mark.slow
+def test_gpu_keeps_what_it_has_when_time_is_up(tmp_path):
+    out = tmp_path / "gpu.json"
+    found = gpu("--out", out, "--minutes", "0", "--sections", "compiled", "largest")
+    assert json.loads(out.read_text()) == found
+    assert (found["cut_off"], list(found["skipped"])) == ("compiled", ["largest"])
+    assert found["product"]
+    assert found["mfu_d720"] is None
