@@ -138,6 +138,13 @@ def publish(tmp: Path, final: Path) -> None:
     fsync_dir(final.parent)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a published folder; killed on the way, it is no longer there under its name."""
+    tmp = path.with_name(f"{TMP_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
+    os.rename(path, tmp)
+    shutil.rmtree(tmp)
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
     with open(path, "rb") as f:

@@ -16,11 +16,13 @@ import pytest
 
 from scaling import files
 from scaling.files import (
+    TMP_PREFIX,
     RecordError,
     create_bytes,
     create_json,
     publish,
     read_json,
+    remove_folder,
     sha256,
     staging,
     write_bytes,
@@ -285,3 +287,23 @@ def test_publishing_over_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     with pytest.raises(OSError):
         publish(tmp_path / "tmp", tmp_path / "x")
+
+
+def test_a_folder_whose_removal_is_cut_short_is_not_there_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "step-1"
+    folder.mkdir()
+    (folder / "a").write_bytes(b"1")
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scaling.files.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_folder(folder)
+    assert [p.name.startswith(TMP_PREFIX) for p in tmp_path.iterdir()] == [True]
+    monkeypatch.undo()
+    folder.mkdir()
+    remove_folder(folder)
+    assert not folder.exists()

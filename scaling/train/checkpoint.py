@@ -29,6 +29,7 @@ from scaling.files import (
     TMP_PREFIX,
     RecordError,
     read_json,
+    remove_folder,
     sha256,
     staging,
     write_bytes,
@@ -142,7 +143,7 @@ def save(
     def write() -> None:
         _write(run, tensors, manifest)
         for old in committed(run)[:-keep]:
-            shutil.rmtree(old)
+            remove_folder(old)
 
     ranks.first(write)
 
