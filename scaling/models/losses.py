@@ -4,6 +4,7 @@ Symbols: S services, U users of the batch, K users contrasted with each other, d
 """
 
 from itertools import combinations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,28 @@ from torch import Tensor
 from scaling.models.clue import MAX_SCALE
 
 
+class _Scale(torch.autograd.Function):
+    """exp, clamped from above. Beyond the limit a gradient that leads back passes as if from the
+    limit, or the scale would stay there for good; one that leads further does not."""
+
+    @staticmethod
+    def forward(ctx: Any, logit_scale: Tensor) -> Tensor:
+        free = logit_scale.exp()
+        tau = free.clamp(max=MAX_SCALE)
+        ctx.save_for_backward(tau, free >= MAX_SCALE)
+        return tau
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        tau, beyond = ctx.saved_tensors
+        found: Tensor = (gradient * tau).masked_fill(beyond & (gradient < 0), 0.0)
+        return found
+
+
 def scale(logit_scale: Tensor) -> Tensor:
     """tau: the exponential of the stored log, at most 100 (Appendix B). [1]"""
-    return logit_scale.float().exp().clamp(max=MAX_SCALE)
+    tau: Tensor = _Scale.apply(logit_scale.float())
+    return tau
 
 
 def logits(projected: Tensor, logit_scale: Tensor, negatives: int) -> Tensor:

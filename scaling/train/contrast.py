@@ -97,8 +97,9 @@ def _own_rows(own: Tensor, everyone: Tensor, tau: Tensor, negatives: int, first:
     chunks = F.normalize(everyone, dim=-1).view(services, -1, negatives, d)
     candidates = chunks[:, place[::k] // negatives]
     target = place % negatives
+    factor = scale(tau)
     losses = []
     for a, b in permutations(range(services), 2):
-        scores = scale(tau) * rows[a] @ candidates[b].transpose(-1, -2)
+        scores = factor * rows[a] @ candidates[b].transpose(-1, -2)
         losses.append(F.cross_entropy(scores.flatten(0, 1), target))
     return torch.stack(losses).mean()

@@ -1,26 +1,49 @@
-"""Notebooks run from top to bottom on tables of a study with a known law."""
+"""Notebooks run from top to bottom, on a known law and on the committed tables."""
 
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "analysis").glob("*.ipynb"))
+ANALYSIS = Path(__file__).parents[2] / "analysis"
+NOTEBOOKS = sorted(ANALYSIS.glob("*.ipynb"))
+
+
+def execute(path: Path) -> tuple[list[dict], str]:
+    """Pictures that a notebook shows when it is run in its folder, and what it prints."""
+    notebook = nbformat.read(path, as_version=4)
+    where = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=where).execute()
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    images = [out for out in outputs if "image/png" in out.get("data", {})]
+    return images, "".join(out["text"] for out in outputs if out.get("name") == "stdout")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
-def test_notebooks_execute(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_of_compute_on_a_known_law(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CLUE_RESULTS", str(folder))
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
-    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
-    images = [out for out in outputs if "image/png" in out.get("data", {})]
+    images, printed = execute(ANALYSIS / "01_compute.ipynb")
     assert len(images) == 2
-    printed = "".join(out["text"] for out in outputs if out.get("name") == "stdout")
     assert "loss = (pf_days / " in printed
     assert "CONVERGED" in printed
+
+
+@pytest.mark.slow
+def test_the_notebook_of_the_optimiser_gives_the_numbers_of_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLUE_FIGURES", str(tmp_path))
+    images, printed = execute(ANALYSIS / "02_optimizer.ipynb")
+    assert len(images) == 2
+    assert {p.name for p in tmp_path.glob("*.png")} == {"best_rate.png", "clip_eps.png"}
+    page = (ANALYSIS.parent / "docs" / "optimizer.md").read_text(encoding="utf-8")
+    rows = re.findall(r"(-?\d\.\d+)\s+(-?\d\.\d+) to (-?\d\.\d+)", printed)
+    for value, lower, upper in rows[:1] + rows[2:5] + rows[6:9]:
+        assert f"{value} ({lower} to {upper})" in page
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)

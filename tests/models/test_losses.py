@@ -59,8 +59,11 @@ def test_uninformative_embeddings_cost_the_logarithm_of_the_candidates():
 def test_scale_is_clamped_at_100_in_the_forward_pass():
     assert float(scale(torch.tensor([math.log(14.27)]))) == pytest.approx(14.27)
     beyond = torch.tensor([9.0], requires_grad=True)
-    scale(beyond).backward()
+    scale(beyond).backward()  # less is better: the way back, as from the limit
     assert scale(beyond).item() == 100.0
+    assert float(beyond.grad) == 100.0
+    beyond.grad = None
+    (-scale(beyond)).backward()  # more would be
     assert float(beyond.grad) == 0.0
 
 
