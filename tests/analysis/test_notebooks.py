@@ -41,6 +41,7 @@ def test_the_notebook_of_the_optimiser_gives_the_numbers_of_its_page(
     assert len(images) == 2
     assert {p.name for p in tmp_path.glob("*.png")} == {"best_rate.png", "clip_eps.png"}
     page = (ANALYSIS.parent / "docs" / "optimizer.md").read_text(encoding="utf-8")
+    page = " ".join(page.split())
     rows = re.findall(r"(-?\d\.\d+)\s+(-?\d\.\d+) to (-?\d\.\d+)", printed)
     for value, lower, upper in rows[:1] + rows[2:5] + rows[6:9]:
         assert f"{value} ({lower} to {upper})" in page
