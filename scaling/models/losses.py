@@ -25,7 +25,7 @@ class _Scale(torch.autograd.Function):
         return tau
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         tau, beyond = ctx.saved_tensors
         found: Tensor = (gradient * tau).masked_fill(beyond & (gradient < 0), 0.0)
         return found
@@ -33,7 +33,7 @@ class _Scale(torch.autograd.Function):
 
 def scale(logit_scale: Tensor) -> Tensor:
     """tau: the exponential of the stored log, at most 100 (Appendix B). [1]"""
-    tau: Tensor = _Scale.apply(logit_scale.float())
+    tau: Tensor = _Scale.apply(logit_scale.float())  # type: ignore[no-untyped-call]
     return tau
 
 
