@@ -63,8 +63,8 @@ test: $(INSTALLED_DEV) ## all tests; SLURM=1 also those on a real Slurm (install
 endif
 
 figures: $(INSTALLED) ## draw every figure again from the committed tables in results/
-	@shopt -s nullglob; for table in results/*/runs.parquet; do \
-	    $(BIN)/clue-scaling figures "sweeps/$$(basename "$$(dirname "$$table")").toml" || exit; \
+	@shopt -s nullglob; for fits in results/*/fits.json; do \
+	    $(BIN)/clue-scaling figures "sweeps/$$(basename "$$(dirname "$$fits")").toml" || exit; \
 	done
 
 devcluster: ## start a two-node Slurm on this machine (as root)

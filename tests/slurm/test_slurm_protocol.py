@@ -461,7 +461,7 @@ def test_hostile_values_never_reach_a_script(
 
 
 def test_failure_classes():
-    from scaling.train.checkpoint import PeerError  # brings torch
+    from scaling.train.ranks import PeerError  # brings torch
 
     class OutOfMemoryError(RuntimeError):
         pass
