@@ -149,7 +149,7 @@ def test_the_readme_shows_the_demo_and_its_targets_exist() -> None:
         assert set(named) <= targets, document
 
 
-def test_figures_without_tables_draws_nothing(tmp_path: Path) -> None:
+def test_figures_are_drawn_of_studies_that_have_fits(tmp_path: Path) -> None:
     made = tmp_path / "bin" / "clue-scaling"
     for name in (".installed", "bin/python"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -158,10 +158,14 @@ def test_figures_without_tables_draws_nothing(tmp_path: Path) -> None:
     made.chmod(0o755)
     call = ["make", "-s", "-f", ROOT / "Makefile", "figures", f"VENV={tmp_path}"]
     call += ["-o", tmp_path / ".installed"]
-    for tables, drawn in ((None, ""), ("mine", "figures sweeps/mine.toml\n")):
-        if tables:
-            (tmp_path / "results" / tables).mkdir(parents=True)
-            (tmp_path / "results" / tables / "runs.parquet").touch()
+    for study, file, drawn in (
+        (None, None, ""),
+        ("unfitted", "runs.parquet", ""),
+        ("mine", "fits.json", "figures sweeps/mine.toml\n"),
+    ):
+        if study:
+            (tmp_path / "results" / study).mkdir(parents=True)
+            (tmp_path / "results" / study / file).touch()
         done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stdout == drawn
 

@@ -18,7 +18,7 @@ from scaling.rundir import append_line
 
 
 class PeerError(RecordError):
-    """As ``scaling.train.checkpoint.PeerError``, which would bring torch."""
+    """As ``scaling.train.ranks.PeerError``, which would bring torch."""
 
 
 def _full(*_):
