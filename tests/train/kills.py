@@ -450,8 +450,9 @@ class Trial:
             start.listen(lambda: False, time.monotonic() + delay)
         alone = victim in start.status
         killed = start.kill(victim)
-        # Before ranks have joined it is the scheduler who ends the others.
-        node |= not any(r.what == "after join" for r in start.reports[victim])
+        # Until every process group stands (DeepSpeed makes some of its own), a rank waits for its
+        # peers in the store for half an hour: there it is the scheduler who ends the others.
+        node |= not any(r.what == "after start_engine" for r in start.reports[victim])
         if victim and 0 not in start.status:
             os.kill(start.pids[0], signal.SIGUSR1)
         died = time.monotonic()
