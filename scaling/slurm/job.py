@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -90,7 +91,7 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
     reason = claim(run, number, job) if rank == 0 else await_claim(run, number, job)
     if reason:
         print(f"superseded: {reason}", file=sys.stderr)
-        if rank == 0 and _newest(run).number != number:
+        if rank == 0 and run.attempts()[-1].number != number:
             _record_end(run, number, job, "superseded", reason)
         _leave(EXIT_SUPERSEDED, local, environment.num_tasks)
     attempt = next(a for a in run.attempts() if a.number == number)
@@ -132,8 +133,7 @@ def claim(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
     while True:
         if reason := _must_not_run(run, number, job):
             return reason
-        older = [a for a in run.attempts() if a.number < number and a.claim and not a.end]
-        if not any(is_alive(a) is not False for a in older):
+        if not any(is_alive(a) is not False for a in unended(run.attempts(), number)):
             break
         print("waiting for the job of an older attempt to end", file=sys.stderr, flush=True)
         time.sleep(POLL_S)
@@ -155,14 +155,20 @@ def await_claim(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
     return f"rank 0 did not claim within {CLAIM_WAIT_S:.0f} s"
 
 
-def _newest(run: RunDir) -> Attempt:
-    return run.attempts()[-1]
+def refusal(
+    attempts: Sequence[Attempt], over: bool, number: int, job: Mapping[str, Any]
+) -> str | None:
+    """Why a job must not run, from the run's records; None if nothing speaks against it. Pure.
 
-
-def _must_not_run(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
-    if run.result() is not None:
+    Args:
+        attempts: all attempts of the run, oldest first.
+        over: the run has a result.
+        number: the attempt that the job is of.
+        job: ``executor`` and ``job_id`` of the job; ``boot`` and ``started`` of a local one.
+    """
+    if over:
         return "the run is over"
-    newest = _newest(run)
+    newest = attempts[-1]
     if newest.number != number:
         return f"attempt {newest.number} is newer than attempt {number}"
     if newest.cancel is not None:
@@ -173,6 +179,15 @@ def _must_not_run(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
     if newest.claim is not None and any(newest.claim.get(k) != job.get(k) for k in mine):
         return f"attempt {number} belongs to job {newest.claim['job_id']}"
     return None
+
+
+def unended(attempts: Sequence[Attempt], number: int) -> list[Attempt]:
+    """Older attempts whose job may still write: claimed, and without a record of its end. Pure."""
+    return [a for a in attempts if a.number < number and a.claim and not a.end]
+
+
+def _must_not_run(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
+    return refusal(run.attempts(), run.result() is not None, number, job)
 
 
 # environment and training
@@ -291,7 +306,7 @@ def _stopped(run: RunDir, number: int, job: dict[str, Any], by: str) -> None:
     Slurm requeues a preempted job by itself, and one that a person cancels must not come back:
     only a job that Slurm still calls RUNNING asks for it.
     """
-    if _newest(run).cancel is not None:
+    if run.attempts()[-1].cancel is not None:
         _record_end(run, number, job, "cancelled", by)
         return
     if job["executor"] == "local":
