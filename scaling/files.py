@@ -6,10 +6,12 @@ name is taken, on NFS too). A crash leaves at most a ``.tmp-*`` file, which read
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,8 @@ from typing import Any
 from scaling import ClueError
 
 TMP_PREFIX = ".tmp-"
+RETRIES_S = (0.05, 0.2, 1.0)
+"""Before another try to read a file that a network file system lost sight of. [seconds]"""
 
 
 class RecordError(ClueError):
@@ -92,15 +96,31 @@ def create_json(path: Path, obj: Any) -> bool:
 def read_json(path: Path) -> Any:
     """Read a JSON record.
 
+    A network file system may lose sight of a file that another host replaced (ESTALE), or fail for
+    a moment (EIO): that is tried again.
+
     Raises:
-        RecordError: it is missing, empty or torn; the message names the file.
+        RecordError: it is missing, empty, torn or unreadable; the message names the file.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(_read(path))
     except FileNotFoundError:
         raise RecordError(f"{path}: no such file") from None
+    except OSError as e:
+        raise RecordError(f"{path}: cannot be read: {e.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise RecordError(f"{path}: not a whole JSON record ({e})") from None
+
+
+def _read(path: Path) -> bytes:
+    for pause in RETRIES_S:
+        try:
+            return path.read_bytes()
+        except OSError as e:
+            if e.errno not in (errno.ESTALE, errno.EIO):
+                raise
+            time.sleep(pause)
+    return path.read_bytes()
 
 
 @contextlib.contextmanager

@@ -139,6 +139,16 @@ class RunDir:
                 found.append(Attempt(int(folder.name), **records))
         return found
 
+    def committed_steps(self) -> list[int]:
+        """Steps of the committed checkpoints, ascending, without reading them. [steps]"""
+        return sorted(int(p.parent.name[5:]) for p in self.path.glob("ckpt/step-[0-9]*/COMMITTED"))
+
+    def attempt_numbers(self) -> list[int]:
+        """Numbers of all attempts, ascending, without reading them."""
+        return sorted(
+            int(p.name) for p in self.path.glob("attempts/[0-9][0-9][0-9][0-9]") if p.is_dir()
+        )
+
     def record(self, number: int, name: str, record: Mapping[str, Any]) -> bool:
         """Create one record of an attempt; False if it exists (it is untouched).
 
@@ -184,6 +194,20 @@ class RunDir:
                 found.append(first)
         return found
 
+    def gpu_hours(self, attempt: int | None = None) -> float:
+        """Hours of all ranks from the start of a generation to its last sign of life, summed over
+        generations, those whose work was lost too. [GPU-hours; on CPUs rank-hours]
+
+        Args:
+            attempt: of this attempt's generations only.
+        """
+        seconds = 0.0
+        for start in self.starts():
+            if "time" in start and attempt in (None, start.get("attempt")):
+                last = self.metrics_path(start["generation"]).stat().st_mtime
+                seconds += max(0.0, last - start["time"]) * start["world_size"]
+        return seconds / 3600
+
     def metrics_path(self, generation: int) -> Path:
         """Metrics file of a generation."""
         return self.path / "metrics" / f"{generation}.jsonl"
@@ -221,6 +245,11 @@ class RunDir:
             if last["kind"] != "start":
                 return last
         return None
+
+
+def chunk_folder(root: Path, sweep: str, token: str) -> Path:
+    """Folder of one submission: ``chunk.json``, job script, logs and submitit's files."""
+    return Path(root) / "sweeps" / sweep / "chunks" / token
 
 
 def one_key(keys: Iterable[str], prefix: str, where: str) -> str:

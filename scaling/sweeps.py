@@ -130,10 +130,15 @@ class Zip(Frozen):
 class PlannedRun:
     """One run of a sweep before it exists."""
 
-    config: RunConfig | None
-    """None on a nominal corpus."""
+    settings: RunConfig
+    """What it would be; on a nominal corpus with a digest that stands for none."""
     row: dict[str, Any]
     """The run's row of the plan; keys are ``PLAN_COLUMNS``."""
+
+    @property
+    def config(self) -> RunConfig | None:
+        """The run's configuration; None on a nominal corpus."""
+        return None if self.row["run_key"] is None else self.settings
 
 
 class Grid(Frozen):
@@ -186,8 +191,7 @@ class Grid(Frozen):
                 config = self._config(point, seed, card, where)
                 if config.run_key not in runs:
                     row = plan_row(self.name, config, card, self.sizes)
-                    nominal = card.digest is None
-                    runs[config.run_key] = PlannedRun(None if nominal else config, row)
+                    runs[config.run_key] = PlannedRun(config, row)
         return list(runs.values())
 
     def to_toml(self) -> str:

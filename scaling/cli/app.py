@@ -84,6 +84,7 @@ Cluster = Annotated[Path, typer.Option("--cluster", help="Cluster profile (TOML)
 Results = Annotated[
     Path, typer.Option("--results", file_okay=False, help="Folder of all result tables.")
 ]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 WORK = Path("work")
 RESULTS = Path("results")
 

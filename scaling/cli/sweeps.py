@@ -1,11 +1,15 @@
 """Verbs on sweeps, from the plan to the tables."""
 
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from scaling import ClueError
 from scaling.cli.app import (
     RESULTS,
     WORK,
@@ -14,6 +18,7 @@ from scaling.cli.app import (
     Results,
     Root,
     SweepFile,
+    Yes,
     app,
     known_runs,
     planned_runs,
@@ -22,6 +27,7 @@ from scaling.cli.app import (
 from scaling.cli.terminal import print_json, print_table
 
 if TYPE_CHECKING:
+    from scaling.slurm.profile import ClusterProfile
     from scaling.sweeps import PlannedRun
 
 Rows = Sequence[Mapping[str, Any]]
@@ -35,32 +41,59 @@ PLAN_DROPPED = (
     "items_per_user_mean", "pf_days_exact", "data_fraction", "epochs", "steps", "n_total",
 )  # fmt: skip
 """What a narrow terminal does without, the least important first; so too below."""
+COST_SHOWN = ("gpu_hours", "wall_hours", "disk_gb", "basis")
 STATUS_SHOWN = (
     "run_key", "state", "job_state", "job_id", "attempts", "step", "steps", "loss", "train_loss",
-    "cause",
+    "eta_s", "gpu_hours", "estimate_gpu_hours", "progress_age_s", "cause",
 )  # fmt: skip
-STATUS_DROPPED = ("job_state", "job_id", "train_loss", "attempts", "steps", "loss")
+STATUS_DROPPED = (
+    "estimate_gpu_hours", "job_state", "job_id", "train_loss", "progress_age_s", "attempts",
+    "steps", "gpu_hours", "loss", "eta_s",
+)  # fmt: skip
+STATUS_NEW = {"state": "PLANNED", "attempts": 0, "step": 0, "held": False, "stalled": False,
+              "over": False}  # fmt: skip
+"""Of a planned run that has no folder yet; everything else is missing."""
+Code = Literal["keep", "new"]
 
 
 @app.command()
-def plan(sweep: SweepFile, root: Root = WORK, as_json: Json = False) -> None:
+def plan(
+    sweep: SweepFile,
+    root: Root = WORK,
+    cluster: Annotated[
+        Path | None, typer.Option("--cluster", help="Cluster profile (TOML): what it costs there.")
+    ] = None,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once; default: the profile's max_parallel.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Say what a sweep would train and cost; write nothing.
 
     One row a run: parameters, users, epochs, FLOPs and PF-days by the paper's formula and counted
     exactly. items_per_user is the cap, items_per_user_mean what the logs realise under it. A corpus
     with logs must be prepared first; a nominal one is planned from its statistics.
 
+    With --cluster also GPU-hours (on CPUs hours of ranks), hours of wall time and disk, from what
+    finished runs took there, else from a stated model (basis).
+
     \b
     Example:
-        clue-scaling plan sweeps/scale_factors.toml
+        clue-scaling plan sweeps/scale_factors.toml --cluster slurm/example_v100.toml
     """
+    from scaling.slurm.profile import ClusterProfile
+
     _, card, runs = planned_runs(sweep, root, nominal=True)
-    rows = [run.row for run in runs]
+    rows = [dict(run.row) for run in runs]
+    profile = ClusterProfile.read(cluster) if cluster else None
+    costs = _costs(runs, profile, root) if profile else []
+    for row, cost in zip(rows, costs, strict=False):
+        row.update(cost)
     if as_json:
         print_json(rows)
         return
     shown = [c for c in PLAN_SHOWN if c != "run_key" or card.digest]
-    print_table(rows, shown, drop=PLAN_DROPPED)
+    print_table(rows, [*shown, *(COST_SHOWN if costs else ())], drop=PLAN_DROPPED)
     nominal = "" if card.digest else ", nominal: it cannot be submitted"
     typer.echo(f"\n{len(rows)} runs on corpus {card.name}{nominal}")
     for name, flops, days in (
@@ -69,6 +102,8 @@ def plan(sweep: SweepFile, root: Root = WORK, as_json: Json = False) -> None:
     ):
         total, in_days = (sum(r[k] for r in rows) for k in (flops, days))
         typer.echo(f"{name}: {in_days:.4g} PF-days, {total:.4g} FLOPs")
+    if profile:
+        typer.echo(_bill(rows, profile, parallel or profile.max_parallel))
 
 
 @app.command()
@@ -76,13 +111,29 @@ def submit(
     sweep: SweepFile,
     cluster: Cluster,
     root: Root = WORK,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the job scripts and change nothing.")
+    ] = False,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Failed, cancelled and lost runs too.")
     ] = False,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="GPU-hours that the sweep may take in all, retries included."),
+    ] = None,
+    code: Annotated[
+        Code | None,
+        typer.Option(help="Where the code has changed since runs began: keep theirs, or the new."),
+    ] = None,
+    allow_drift: Annotated[
+        bool, typer.Option("--allow-drift", help="Go on with other versions of packages.")
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Then sync until all is over.")] = False,
+    yes: Yes = False,
 ) -> None:
     """Submit what is missing of a sweep, and nothing else.
+
+    Says what it will cost, and asks on a terminal.
 
     \b
     Example:
@@ -90,6 +141,7 @@ def submit(
     """
     from scaling.rundir import RunDir
     from scaling.slurm import sync as driver
+    from scaling.slurm.budget import read_budget, set_budget
     from scaling.slurm.profile import ClusterProfile
     from scaling.sweeps import sweep_id, write_sweep
 
@@ -97,22 +149,37 @@ def submit(
     profile = ClusterProfile.read(cluster)
     identity = sweep_id(grid.name, planned)
     configs = [p.config for p in planned if p.config]
-    for config in configs:
-        profile.shape_of(config)
+    driver.check_runs(root, configs, profile)
+    seen = driver.preview(
+        root, configs, profile, sweep=identity, retry_failed=retry_failed, code=code
+    )
+    asked = {row["run_key"] for row in seen.rows if row["action"]}
+    costs = _costs([p for p in planned if p.row["run_key"] in asked], profile, root)
     if dry_run:
-        known = known_runs(planned, root)
-        rows = driver.submit(
-            root, known, profile, sweep=identity, dry_run=True, retry_failed=retry_failed
-        )
-        rows = [row for row in _with_new(rows, planned) if row.get("action", "submit")]
+        for size, script in seen.arrays:
+            typer.echo(f"# ---- an array of {size} runs\n{script}\n")
+        rows = [row for row in seen.rows if row["action"]]
         print_table(rows, ["run_key", "state", "attempts", "step", "steps"])
         typer.echo(f"would submit {len(rows)} of {len(planned)} runs")
+    if costs:
+        typer.echo(_bill(costs, profile, profile.max_parallel), err=not dry_run)
+        if budget or read_budget(root, identity):
+            typer.echo(f"budget: {budget or read_budget(root, identity):g} GPU-hours", err=True)
+    if dry_run:
         return
+    if costs and not yes:
+        _confirm(f"submit {len(costs)} runs?")
     write_sweep(root, grid, card, planned)
+    if budget is not None:
+        set_budget(root, identity, budget)
     runs = [RunDir.create(root, config, card.name) for config in configs]
-    rows = driver.submit(root, runs, profile, sweep=identity, retry_failed=retry_failed)
+    rows = driver.submit(
+        root, runs, profile, sweep=identity,
+        retry_failed=retry_failed, code=code, allow_drift=allow_drift,
+    )  # fmt: skip
     typer.echo(_tally(rows))
     _tell_stale(rows)
+    _tell_held(rows)
     if watch:
         driver.sync(root, runs, profile, sweep=identity, watch=True, report=_tell_changes())
 
@@ -138,7 +205,7 @@ def sync(
 
     grid, _, planned = planned_runs(sweep, root)
     identity = sweep_id(grid.name, planned)
-    driver.sync(
+    rows = driver.sync(
         root,
         submitted_runs(planned, root, sweep, identity),
         ClusterProfile.read(cluster),
@@ -146,47 +213,91 @@ def sync(
         watch=watch,
         report=_tell_changes(),
     )
+    _tell_held(rows)
+    if _tell_stale(rows):
+        raise typer.Exit(3)
 
 
 @app.command()
-def status(sweep: SweepFile, root: Root = WORK, as_json: Json = False) -> None:
+def status(
+    sweep: SweepFile,
+    root: Root = WORK,
+    state: Annotated[
+        list[str] | None, typer.Option(help="Only runs in this state (RUNNING, FAILED, ...).")
+    ] = None,
+    cause: Annotated[
+        list[str] | None, typer.Option(help="Only runs that failed so (gpu_oom, error, ...).")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Again once a minute, until all runs are over.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show the state of every run of a sweep.
 
     Exit status 3 says that the scheduler does not answer and states are the last known.
 
     \b
     Example:
-        clue-scaling status sweeps/demo.toml
+        clue-scaling status sweeps/demo.toml --state FAILED
     """
-    from scaling.slurm.sync import status as look
+    from scaling.slurm.state import State
+    from scaling.slurm.status import status as look
+    from scaling.slurm.sync import WATCH_S
 
+    states = {s.upper() for s in state or ()}
+    if unknown := states - set(State):
+        raise ClueError(f"--state {min(unknown)}: no such state; valid: {', '.join(State)}")
     _, _, planned = planned_runs(sweep, root)
-    rows = _with_new(look(known_runs(planned, root)), planned)
-    if as_json:
-        print_json(rows)
-    else:
-        print_table(rows, STATUS_SHOWN, drop=STATUS_DROPPED)
-        typer.echo(_tally(rows))
+    while True:
+        rows = _with_new(look(known_runs(planned, root)), planned)
+        shown = [
+            row
+            for row in rows
+            if (not states or row["state"] in states) and (not cause or row["cause"] in cause)
+        ]
+        if as_json:
+            print_json(shown)
+        else:
+            _print_status(shown, rows, clear=watch)
+        if not watch or all(row["over"] for row in rows):
+            break
+        time.sleep(WATCH_S["slurm"])
     if _tell_stale(rows):
         raise typer.Exit(3)
 
 
 @app.command()
-def cancel(sweep: SweepFile, root: Root = WORK) -> None:
+def cancel(
+    sweep: SweepFile,
+    root: Root = WORK,
+    run: Annotated[
+        list[str] | None, typer.Option(help="Only this run: its key, or its first letters.")
+    ] = None,
+    yes: Yes = False,
+) -> None:
     """End the runs of a sweep; each commits a checkpoint first.
 
-    submit --retry-failed takes them up again where they stopped.
+    submit --retry-failed takes them up again where they stopped. Doing it again is a no-op.
 
     \b
     Example:
         clue-scaling cancel sweeps/demo.toml
     """
+    from scaling.rundir import one_key
     from scaling.slurm.cancel import cancel as end
     from scaling.sweeps import sweep_id
 
     grid, _, planned = planned_runs(sweep, root)
-    cancelled = end(submitted_runs(planned, root, sweep, sweep_id(grid.name, planned)))
-    typer.echo(f"cancelled {len(cancelled)} of {len(planned)} runs")
+    runs = submitted_runs(planned, root, sweep, sweep_id(grid.name, planned))
+    if run:
+        keys = {one_key([r.run_key for r in runs], prefix, str(sweep)) for prefix in run}
+        runs = [r for r in runs if r.run_key in keys]
+    open_runs = [r for r in runs if r.result() is None]
+    if open_runs and not yes:
+        _confirm(f"cancel {len(open_runs)} runs that are not done?")
+    cancelled = end(runs)
+    typer.echo(f"cancelled {len(cancelled)} of {len(runs)} runs")
 
 
 @app.command()
@@ -212,15 +323,69 @@ def collect(sweep: SweepFile, root: Root = WORK, results: Results = RESULTS) -> 
 def _with_new(rows: Rows, planned: "Sequence[PlannedRun]") -> list[dict[str, Any]]:
     """Status rows of all planned runs: those found, and those that nobody has submitted yet."""
     found = {row["run_key"]: dict(row) for row in rows}
-    missing = dict.fromkeys((*STATUS_SHOWN, "progress_age_s", "evidence", "stale"))
-    new = {"state": "PLANNED", "attempts": 0, "step": 0, "held": False, "over": False}
+    missing = dict.fromkeys((*STATUS_SHOWN, "evidence", "stale"))
     named = [{name: p.row[name] for name in ("run_key", "steps")} for p in planned]
-    return [{**found.get(row["run_key"], missing | new), **row} for row in named]
+    return [{**found.get(row["run_key"], missing | STATUS_NEW), **row} for row in named]
 
 
 def _tally(rows: Rows) -> str:
     counts = Counter(row["state"] for row in rows)
     return f"{len(rows)} runs: " + ", ".join(f"{n} {state}" for state, n in counts.items())
+
+
+def _costs(
+    planned: "Sequence[PlannedRun]", profile: "ClusterProfile", root: Path
+) -> list[dict[str, Any]]:
+    """What each of the runs costs on a profile, by ``COST_SHOWN``, with its PF-days."""
+    from dataclasses import asdict
+
+    from scaling.slurm.cost import estimate, measured_rates
+
+    rates = measured_rates(root)
+    found = []
+    for run in planned:
+        row = run.row
+        cost = estimate(run.settings, row["n_total"], row["flops_exact"], profile, rates)
+        found.append(asdict(cost) | {"pf_days_exact": row["pf_days_exact"]})
+    return found
+
+
+def _bill(costs: Rows, profile: "ClusterProfile", parallel: int) -> str:
+    """One line of what runs cost in all."""
+    from scaling.slurm.cost import wall_hours
+
+    gpu, disk, days = (sum(c[k] for c in costs) for k in ("gpu_hours", "disk_gb", "pf_days_exact"))
+    wall = wall_hours([c["wall_hours"] for c in costs], parallel)
+    basis = Counter(c["basis"] for c in costs)
+    told = ", ".join(f"{n} {b}" for b, n in basis.items())
+    return (
+        f"{len(costs)} runs on {profile.name}: about {gpu:.3g} GPU-hours, {days:.3g} PF-days "
+        f"(exact count); {wall:.3g} hours with {parallel} at once; {disk:.3g} GB of disk ({told})"
+    )
+
+
+def _confirm(question: str) -> None:
+    """Ask on a terminal; elsewhere (cron, a pipe) what was called for is done."""
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        typer.confirm(question, abort=True, err=True)
+
+
+def _print_status(shown: Rows, rows: Rows, clear: bool) -> None:
+    if clear and sys.stdout.isatty():
+        typer.echo("\x1b[2J\x1b[H", nl=False)
+    print_table(shown, STATUS_SHOWN, drop=STATUS_DROPPED)
+    spent = sum(row["gpu_hours"] or 0.0 for row in rows)
+    typer.echo(f"{_tally(rows)}; {spent:.3g} GPU-hours")
+    for row in shown:
+        for what, told in (("held", row["held"]), ("stalled", row["stalled"])):
+            if told:
+                typer.echo(f"{row['run_key']} is {what}: {row['evidence'] or 'nothing written'}")
+
+
+def _tell_held(rows: Rows) -> None:
+    """Say why runs that could start do not: a full disk, a budget."""
+    for why in sorted({r["evidence"] for r in rows if r["state"] == "PLANNED" and r["evidence"]}):
+        typer.echo(f"waiting: {why}", err=True)
 
 
 def _tell_stale(rows: Rows) -> bool:

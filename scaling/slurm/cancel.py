@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from scaling.rundir import Attempt, RunDir
 from scaling.slurm.scheduler import command
 from scaling.slurm.state import DEFAULT_RULES, Phase, State, meaning
+from scaling.slurm.status import survey
 from scaling.slurm.submission import SubmissionError
-from scaling.slurm.sync import survey
 
 
 def cancel(runs: Sequence[RunDir]) -> list[str]:

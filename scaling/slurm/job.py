@@ -6,12 +6,12 @@ named by a string and imported last, so that a superseded job ends before torch 
 
 import contextlib
 import ctypes
-import errno
 import importlib
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,14 @@ from typing import Any, NoReturn
 from submitit import JobEnvironment
 from submitit.helpers import TorchDistributedEnvironment
 
+from scaling import ClueError
 from scaling.config import TrainSettings
 from scaling.files import RecordError, read_json
-from scaling.rundir import Attempt, RunDir, Superseded
+from scaling.rundir import Attempt, RunDir, Superseded, chunk_folder
+from scaling.slurm.code import PACKAGE, running_from, verify
+from scaling.slurm.environment import capture, drift
+from scaling.slurm.failures import classify
+from scaling.slurm.profile import check_owner
 from scaling.slurm.scheduler import command, is_alive, process_identity
 
 TRAIN = "scaling.train.loop:train"
@@ -36,32 +41,48 @@ POLL_S = 10.0
 """Between looks at a predecessor that may still be alive. [seconds]"""
 CLAIM_WAIT_S = 300.0
 """Longest wait of a local rank for rank 0's claim; under Slurm srun ends the ranks. [seconds]"""
+EARLY_S = 60.0
+"""So much earlier than asked Slurm may signal the end of the wall time. [seconds]"""
 ROOT_CAUSE_S = 5.0
 """A rank that failed because another did leaves that one this time to say why. [seconds]"""
+BUDGET = "the budget's share of this attempt is spent"
 _PR_SET_PDEATHSIG = 1
+
+
+FRUITLESS_STARTS = 3
+"""Starts of one job in a row (preempted, requeued) from the same checkpoint, after which it gives
+up: slices too short for a step would go on for ever."""
 
 
 class StopFlag:
     """Set by SIGUSR2 (wall time ends) and SIGTERM (preemption, cancel); polled by training.
 
-    The handler does nothing else: a checkpoint begun inside one could interrupt itself.
+    The handler does nothing else: a checkpoint begun inside one could interrupt itself. Where a
+    budget holds, an alarm of it stops training likewise.
     """
 
     def __init__(self) -> None:
-        self.signal = ""
+        self.by = ""
+        self.since = 0.0
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._set)
 
     def _set(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
+        self.stop(signal.Signals(number).name)
+
+    def stop(self, by: str) -> None:
+        """Have training stop; the first reason counts."""
+        if not self.by:
+            self.by, self.since = by, time.monotonic()
+
+    def stop_after(self, seconds: float) -> None:
+        """Have training stop when the budget's share of this attempt is spent."""
+        timer = threading.Timer(max(0.0, seconds), self.stop, [BUDGET])
+        timer.daemon = True
+        timer.start()
 
     def __call__(self) -> bool:
-        return bool(self.signal)
-
-
-def chunk_folder(root: Path, sweep: str, token: str) -> Path:
-    """Folder of one submission: ``chunk.json``, job script, logs and submitit's files."""
-    return root / "sweeps" / sweep / "chunks" / token
+        return bool(self.by)
 
 
 def run_job(root: str, sweep: str, token: str) -> NoReturn:
@@ -77,8 +98,9 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
     if local:
         _die_with_controller(int(environment.job_id))
     index = int(environment.array_task_id or 0)
-    chunk = read_json(chunk_folder(Path(root), sweep, token) / "chunk.json")
-    run = RunDir(Path(root), chunk["runs"][index])
+    folder = chunk_folder(Path(root), sweep, token)
+    run = RunDir(Path(root), read_json(folder / "chunk.json")["runs"][index])
+    check_owner(Path(root).resolve(), folder, run.path)
     number = next(a.number for a in run.attempts() if a.intent["token"] == token)
     job = {
         "executor": environment.name(),
@@ -96,14 +118,22 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
         _leave(EXIT_SUPERSEDED, local, environment.num_tasks)
     attempt = next(a for a in run.attempts() if a.number == number)
     set_environment(environment, attempt.intent)
+    job |= {
+        "profile": attempt.intent["profile"],
+        "cpus_per_task": attempt.intent["shape"]["cpus_per_task"],
+    }
     try:
+        _check(run, attempt, job, rank)
+        if (allowance := attempt.intent.get("allowance_gpu_hours")) is not None:
+            left = float(allowance) - run.gpu_hours(number)
+            stop.stop_after(3600 * left / environment.num_tasks)
         result = _train(run, attempt, job, stop)
     except Superseded as e:
         print(f"superseded: {e}", file=sys.stderr)
         _leave(EXIT_SUPERSEDED, local, environment.num_tasks)
     except Exception as e:
         _tell(traceback.format_exc())
-        cause = classify(e)
+        cause = e.cause if isinstance(e, Unfit) else classify(e)
         if cause == "comm":
             time.sleep(ROOT_CAUSE_S)
         # A connection that broke while the job was being stopped is no failure.
@@ -114,8 +144,58 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
         if result is not None:
             _record_end(run, number, job, str(result["status"]), "")
         else:
-            _stopped(run, number, job, stop.signal)
+            _stopped(run, attempt, job, stop)
     raise SystemExit(0)
+
+
+class Unfit(ClueError):
+    """The job must not train here; ``cause`` is the class of the attempt's end."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+def _check(run: RunDir, attempt: Attempt, job: dict[str, Any], rank: int) -> None:
+    """Check what must hold before training: the code, the packages, and that starts get on.
+
+    Rank 0 alone looks at the run's past, and adds to ``job`` what it runs on.
+
+    Raises:
+        CodeError: the archive is missing or was changed.
+        Unfit: it is not what runs; packages that matter are others than before; or the job has
+            started several times without a newly committed step.
+    """
+    digest = attempt.intent["code"]
+    verify(run.root, digest)
+    if not running_from(run.root, digest):
+        raise Unfit(
+            "error",
+            f"the job imports scaling from {PACKAGE} and not from the archive {digest}: does "
+            "'setup' of the profile change PYTHONPATH?",
+        )
+    if rank:
+        return
+    newest = max(run.committed_steps(), default=0)
+    job |= capture(run.root)
+    earlier = [(s.get("job") or {}).get("environment") for s in run.starts()]
+    before = [e for e in earlier if e] if newest and not attempt.intent["allow_drift"] else []
+    changed = drift(run.root, before[-1], job["environment"]) if before else []
+    if changed:
+        raise Unfit(
+            "drift",
+            f"{', '.join(changed[:6])}: not what the run was trained with so far; go on with "
+            "submit --retry-failed --allow-drift",
+        )
+    starts = [s for s in run.starts() if s.get("attempt") == attempt.number]
+    if len(starts) >= FRUITLESS_STARTS and all(
+        s["resumed_from"] == newest for s in starts[-FRUITLESS_STARTS:]
+    ):
+        raise Unfit(
+            "no_progress",
+            f"{FRUITLESS_STARTS} starts in a row from step {newest}, and none committed another: "
+            "longer slices (time_min), or checkpoints more often (checkpoint_every)",
+        )
 
 
 # claiming
@@ -243,33 +323,6 @@ def _train(
 # ending
 
 
-HOST_IS_FULL = ("DefaultCPUAllocator", "could not create a primitive")
-"""What PyTorch and oneDNN say where the host's memory is full."""
-GPU_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What CUDA's libraries say where the GPU's is."""
-
-
-def classify(error: BaseException) -> str:
-    """Class of a failure, from the exception and what caused it (see ``FRUITLESS_LIMIT``)."""
-    chain: BaseException | None = error
-    while chain is not None:
-        names = {c.__name__ for c in type(chain).__mro__}
-        text = str(chain)
-        if "OutOfMemoryError" in names or any(words in text for words in GPU_IS_FULL):
-            return "gpu_oom"
-        if isinstance(chain, MemoryError) or any(words in text for words in HOST_IS_FULL):
-            return "host_oom"
-        if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
-            return "disk_full"
-        if names & {"DistBackendError", "DistNetworkError", "DistStoreError", "PeerError"} or (
-            isinstance(chain, RuntimeError)
-            and any(w in text for w in ("gloo", "NCCL", "Connection closed by peer", "EADDRINUSE"))
-        ):
-            return "comm"
-        chain = chain.__cause__ or chain.__context__
-    return "error"
-
-
 def _record_end(run: RunDir, number: int, job: dict[str, Any], cause: str, evidence: str) -> None:
     """Say how the attempt ended, unless a later start of it (a requeue) is writing by now.
 
@@ -300,23 +353,33 @@ def _record_end(run: RunDir, number: int, job: dict[str, Any], cause: str, evide
         _tell(f"attempt {number} ended ({cause}), which could not be recorded: {e}")
 
 
-def _stopped(run: RunDir, number: int, job: dict[str, Any], by: str) -> None:
+def _stopped(run: RunDir, attempt: Attempt, job: dict[str, Any], stop: StopFlag) -> None:
     """Training stopped on a signal, its checkpoint is committed: have it go on later.
 
     Slurm requeues a preempted job by itself, and one that a person cancels must not come back:
     only a job that Slurm still calls RUNNING asks for it.
     """
+    number, took = attempt.number, time.monotonic() - stop.since
+    lead = float(attempt.intent["signal_lead_s"])
+    if stop.by == signal.SIGUSR2.name and took > (lead - EARLY_S) / 2:
+        _tell(
+            f"warning: stopping took {took:.0f} s of the {lead:.0f} s before the wall time's end "
+            "(signal_lead_s, of which Slurm may take a minute); raise it"
+        )
     if run.attempts()[-1].cancel is not None:
-        _record_end(run, number, job, "cancelled", by)
+        _record_end(run, number, job, "cancelled", stop.by)
+        return
+    if stop.by == BUDGET:
+        _record_end(run, number, job, "budget", stop.by)
         return
     if job["executor"] == "local":
-        _record_end(run, number, job, "stopped", by)
+        _record_end(run, number, job, "stopped", stop.by)
         return
     ok, output = command("squeue", "--noheader", f"--jobs={job['job_id']}", "--format=%T")
     if ok and output.strip() == "RUNNING":
         ok, output = command("scontrol", "requeue", job["job_id"])
     if not ok:
-        _record_end(run, number, job, "stopped", f"{by}; not requeued: {output}")
+        _record_end(run, number, job, "stopped", f"{stop.by}; not requeued: {output}")
 
 
 def _tell(message: str) -> None:

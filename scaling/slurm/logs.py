@@ -1,12 +1,20 @@
 """Where a run's output is: submitit's log files, found through the records of its attempts."""
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from scaling.files import RecordError
-from scaling.rundir import RunDir
-from scaling.slurm.job import chunk_folder
+from scaling.rundir import Attempt, RunDir, chunk_folder
+from scaling.slurm.failures import explain
 
 TAIL_BYTES = 1 << 20
+EXPLAINING_LINES, EXPLAINING_RANKS = 200, 64
+"""Of each log, and of so many ranks, the end is searched for the cause of a failure."""
+FOLLOW_S = 0.5
+"""Between two looks at a log that is followed. [seconds]"""
+FOLLOW_FROM_BYTES = 1 << 12
+"""Following begins so far before the end. [bytes]"""
 
 
 def log_files(run: RunDir, *, attempt: int | None = None, rank: int = 0) -> list[Path]:
@@ -28,18 +36,65 @@ def log_files(run: RunDir, *, attempt: int | None = None, rank: int = 0) -> list
     if not chosen:
         numbers = ", ".join(str(a.number) for a in attempts)
         raise RecordError(f"run {run.run_key} has no attempt {attempt}; there are: {numbers}")
-    record = chosen[0].claim or chosen[0].submit
-    if record is None:
+    if not (chosen[0].claim or chosen[0].submit):
         raise RecordError(
             f"run {run.run_key}, attempt {chosen[0].number}: its job is not known yet; see status"
         )
-    intent = chosen[0].intent
-    folder = chunk_folder(run.root, intent["sweep"], intent["token"])
-    paths = [folder / f"{record['job_id']}_{rank}_log.{kind}" for kind in ("out", "err")]
+    paths = _paths(run, chosen[0], rank)
     found = [p for p in paths if p.exists()]
     if not found:
         raise RecordError(f"{paths[0]}: no such file; the job has not started yet")
     return found
+
+
+def explanation(run: RunDir, attempt: Attempt) -> tuple[str, str] | None:
+    """Cause and evidence that the ends of an attempt's logs have, of whichever rank; else None."""
+    if not (attempt.claim or attempt.submit):
+        return None
+    ranks = int(attempt.intent["shape"]["nodes"]) * int(attempt.intent["shape"]["tasks_per_node"])
+    ends = [
+        tail(path, EXPLAINING_LINES)
+        for rank in range(min(ranks, EXPLAINING_RANKS))
+        for path in _paths(run, attempt, rank)
+        if path.exists()
+    ]
+    return explain("\n".join(ends))
+
+
+def _paths(run: RunDir, attempt: Attempt, rank: int) -> list[Path]:
+    record = attempt.claim or attempt.submit or {}
+    folder = chunk_folder(run.root, attempt.intent["sweep"], attempt.intent["token"])
+    return [folder / f"{record['job_id']}_{rank}_log.{kind}" for kind in ("out", "err")]
+
+
+def follow(run: RunDir, *, attempt: int | None = None, rank: int = 0) -> Iterator[str]:
+    """Lines that a rank prints from now on, until its attempt has ended and all is printed.
+
+    Args:
+        attempt: its number; None: the newest, and each one that comes after it.
+
+    Raises:
+        RecordError: the run has no such attempt.
+    """
+    at: dict[Path, int] = {}
+    rest: dict[Path, bytes] = {}
+    while True:
+        attempts = run.attempts()
+        chosen = [a for a in attempts if attempt is None or a.number == attempt][-1:]
+        if not chosen:
+            log_files(run, attempt=attempt, rank=rank)  # says which there are
+        over = bool(chosen[0].end or chosen[0].cancel or run.result())
+        for path in _paths(run, chosen[0], rank) if chosen[0].claim or chosen[0].submit else []:
+            if not path.exists():
+                continue
+            with open(path, "rb") as f:
+                f.seek(at.setdefault(path, max(0, f.seek(0, 2) - FOLLOW_FROM_BYTES)))
+                *lines, rest[path] = (rest.get(path, b"") + f.read()).split(b"\n")
+                at[path] = f.tell()
+            yield from (line.decode(errors="replace") for line in lines)
+        if over:
+            return
+        time.sleep(FOLLOW_S)
 
 
 def tail(path: Path, lines: int) -> str:

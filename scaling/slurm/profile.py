@@ -4,7 +4,9 @@ Every value that reaches ``sbatch``, a shell or a path is whitelisted here, once
 quoted or not and means the same. The exception is ``setup``, which *is* shell code.
 """
 
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -154,11 +156,35 @@ class ClusterProfile(Frozen):
         return shape
 
 
+def check_owner(*paths: Path) -> None:
+    """Refuse folders that somebody else could have put there; those that do not exist pass.
+
+    Raises:
+        ConfigError: one belongs to another user (but root), is a symbolic link, or anybody may
+            write to it.
+    """
+    for path in paths:
+        try:
+            about = os.lstat(path)
+        except FileNotFoundError:
+            continue
+        if stat.S_ISLNK(about.st_mode):
+            raise ConfigError(f"{path}: is a symbolic link; what jobs run lies in real folders")
+        if about.st_uid not in (os.getuid(), 0):
+            raise ConfigError(
+                f"{path}: belongs to user {about.st_uid}, and you are {os.getuid()}: jobs run only "
+                "what is your own; choose another --root"
+            )
+        if about.st_mode & stat.S_IWOTH and not about.st_mode & stat.S_ISVTX:
+            raise ConfigError(f"{path}: anybody may write to it; chmod o-w {path}")
+
+
 def safe_root(root: Path) -> Path:
     """The root folder as an absolute path that nothing on the way to a node reinterprets.
 
     Raises:
-        ConfigError: the path holds other characters than letters, digits and ``_./+@=,-``.
+        ConfigError: the path holds other characters than letters, digits and ``_./+@=,-``, or is
+            not the user's own.
     """
     path = Path(root).absolute()
     if not SAFE_PATH.fullmatch(str(path)):
@@ -166,4 +192,5 @@ def safe_root(root: Path) -> Path:
             f"{str(path)!r}: the root folder's path reaches job scripts, where only letters, "
             "digits and _ . / + @ = , - are safe; choose another --root"
         )
+    check_owner(path.resolve(), path / "runs", path / "sweeps", path / "code")
     return path

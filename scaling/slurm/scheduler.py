@@ -4,6 +4,8 @@ A query that fails, hangs, or prints what we cannot read never raises and never 
 the snapshot then says that nobody answered, and why.
 """
 
+import getpass
+import re
 import socket
 import subprocess
 import time
@@ -16,6 +18,7 @@ from scaling.slurm.state import Job, Phase, Snapshot, meaning
 
 TIMEOUT_S = 30.0
 """Longest wait for one Slurm command. [seconds]"""
+NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _TIME = "%Y-%m-%dT%H:%M:%S"
 
 
@@ -57,7 +60,7 @@ def look(attempts: Iterable[Attempt]) -> Snapshot:
     names = ",".join(sorted({token for (token, _), _ in slurm}))
     ok, output = command(
         "squeue", "--noheader", "--array", "--states=all", f"--name={names}",
-        "--format=%F|%K|%T|%e|%r|%j",
+        "--format=%F|%K|%T|%e|%r|%N|%j",
     )  # fmt: skip
     queue = _parse_squeue(output) if ok else None
     if queue is None:
@@ -70,7 +73,7 @@ def look(attempts: Iterable[Attempt]) -> Snapshot:
     ok, output = command(
         "sacct", "--noheader", "--allocations", "--parsable2", f"--name={names}",
         f"--starttime={time.strftime(_TIME, time.localtime(oldest))}",
-        "--format=JobID,State,End,JobName",
+        "--format=JobID,State,End,NodeList,JobName",
     )  # fmt: skip
     if not ok and _accounting_is_off(output):
         return Snapshot(jobs)
@@ -78,6 +81,13 @@ def look(attempts: Iterable[Attempt]) -> Snapshot:
     if past is None:
         return Snapshot(jobs, False, output if not ok else "sacct printed what is not a job list")
     return Snapshot({**past, **jobs})
+
+
+def queued_jobs() -> int | None:
+    """Jobs that this user has in the queue, pending array elements one by one; None if unknown."""
+    ok, output = command("squeue", "--noheader", "--array", f"--user={getpass.getuser()}",
+                         "--format=%i")  # fmt: skip
+    return len(output.splitlines()) if ok else None
 
 
 def _accounting_is_off(message: str) -> bool:
@@ -90,13 +100,14 @@ def _parse_squeue(output: str) -> dict[tuple[str, int], Job] | None:
         return None
     jobs = {}
     for line in output.splitlines():
-        fields = line.split("|", 5)
-        if len(fields) != 6 or not fields[0].isdecimal():
+        fields = line.split("|", 6)
+        if len(fields) != 7 or not fields[0].isdecimal():
             return None
-        main, index, word, end, reason, name = fields
+        main, index, word, end, reason, nodes, name = fields
         job_id = f"{main}_{index}" if index.isdecimal() else main
         place = int(index) if index.isdecimal() else 0
-        jobs[name, place] = Job(job_id, word, "" if reason == "None" else reason, _time(end))
+        reason = "" if reason == "None" else reason
+        jobs[name, place] = Job(job_id, word, reason, _time(end), _node(nodes))
     return jobs
 
 
@@ -105,17 +116,22 @@ def _parse_sacct(output: str) -> dict[tuple[str, int], Job] | None:
         return None
     jobs = {}
     for line in output.splitlines():
-        fields = line.split("|", 3)
-        if len(fields) != 4:
+        fields = line.split("|", 4)
+        if len(fields) != 5:
             return None
-        job_id, word, end, name = fields
+        job_id, word, end, nodes, name = fields
         main, _, index = job_id.partition("_")
         if not main.isdecimal():
             return None
         if index and not index.isdecimal():
             continue  # the pending rest of an array, "123_[4-7%2]": squeue has its elements
-        jobs[name, int(index or 0)] = Job(job_id, word, "", _time(end))
+        jobs[name, int(index or 0)] = Job(job_id, word, "", _time(end), _node(nodes))
     return jobs
+
+
+def _node(text: str) -> str:
+    """The node of a job on one; empty for several (``gpu[1-2]``), none, or ``None assigned``."""
+    return text if NODE.fullmatch(text) else ""
 
 
 def _time(text: str) -> float | None:

@@ -5,9 +5,11 @@ does not answer or says a word we do not know, the verdict keeps what the record
 ``stale``, and nothing is submitted.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from fractions import Fraction
 from typing import Any
 
 from scaling.rundir import Attempt
@@ -85,21 +87,35 @@ FRUITLESS_LIMIT: Mapping[str, int] = {
     "preempted": 3,
     "timeout": 3,
     "node_fail": 3,
+    "launch": 3,
     "killed": 3,
     "comm": 3,
+    "budget": 3,
+    "superseded": 3,
     "crashed": 2,
     "host_oom": 2,
     "lost": 2,
     "no_result": 2,
-    "launch": 2,
-    "superseded": 3,
 }
 """Per cause: attempts in a row without a newly committed step after which no more are made.
-A cause that is not listed (``error``, ``gpu_oom``, ``disk_full``) is never retried by
-itself. With progress there is no limit: a run of many wall-time slices goes on to its end."""
+A cause that is not listed (``error``, ``gpu_oom``, ``disk_full``, ``drift``, ``no_progress``) is
+never retried by itself. With progress there is no limit: a run of many wall-time slices goes on to
+its end."""
 
-NEVER_ACCEPTED = ("limit", "rejected", "unreachable")
-"""Causes with which Slurm refused a submission: the run is as if nobody had tried."""
+NEVER_ACCEPTED = ("limit", "rejected", "unreachable", "withdrawn")
+"""Causes with which a submission never reached the queue: the run is as if nobody had tried."""
+
+UNEXPLAINED = ("crashed", "launch", "no_result")
+"""Causes of which the job's log may know better (``scaling.slurm.logs.explain``)."""
+
+BAD_NODE = ("node_fail", "launch")
+"""Causes that speak against the nodes of an attempt."""
+BAD_NODE_AFTER = 2
+"""Failures of this kind after which a node is not used any more. One of an attempt on several nodes
+counts in parts."""
+
+LAUNCH_HELD = "launch_failed_requeued_held"
+"""Slurm's reason for holding a job that a node could not start."""
 
 LOCAL_QUARANTINE_S = 60.0
 """As ``Rules.quarantine_s`` for processes on this host, which start at once. [seconds]"""
@@ -115,6 +131,8 @@ class Job:
     reason: str = ""
     ended: float | None = None
     """When it ended. [unix seconds]"""
+    node: str = ""
+    """Where it is or was, for a job of one node; empty if unknown."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +160,12 @@ class Facts:
     """What is wrong with the records, where they cannot be read."""
     steps: int | None = None
     """Steps of the run; None if its specification cannot be read."""
+    newest: int = 0
+    """Number of the newest attempt of a run that is over, whose attempts are not read."""
+    result: Mapping[str, Any] | None = None
+    """Content of ``result.json``."""
+    explained: tuple[str, str] | None = None
+    """Cause and evidence that the log of the newest attempt's job has."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +189,8 @@ class Verdict:
     job_id: str | None = None
     job_state: str | None = None
     """Slurm's word."""
+    node: str = ""
+    """Where the job is or was, if on one node that the scheduler names."""
     cause: str | None = None
     evidence: str = ""
     held: bool = False
@@ -191,6 +217,18 @@ def fruitless(facts: Facts) -> int:
     return count
 
 
+def bad_nodes(attempts: Iterable[Attempt]) -> list[str]:
+    """Nodes on which attempts of any runs failed as only a bad node fails, sorted. Pure."""
+    blame: defaultdict[str, Fraction] = defaultdict(Fraction)
+    for attempt in attempts:
+        if attempt.end is None or attempt.end["class"] not in BAD_NODE:
+            continue
+        nodes = attempt.end.get("nodes") or (attempt.claim or {}).get("nodes") or []
+        for node in nodes:
+            blame[str(node)] += Fraction(1, len(nodes))
+    return sorted(node for node, count in blame.items() if count >= BAD_NODE_AFTER)
+
+
 def derive(facts: Facts, snapshot: Snapshot, now: float, rules: Rules = DEFAULT_RULES) -> Verdict:
     """A run's state.
 
@@ -204,7 +242,7 @@ def derive(facts: Facts, snapshot: Snapshot, now: float, rules: Rules = DEFAULT_
         return Verdict(State.FAILED, number, cause="damaged", evidence=facts.damage)
     if not facts.attempts:
         if facts.status:
-            return Verdict(State(facts.status.upper()))
+            return Verdict(State(facts.status.upper()), facts.newest)
         return Verdict(State.PLANNED, start=True)
     newest = facts.attempts[-1]
     job = snapshot.jobs.get((newest.intent["token"], int(newest.intent["index"])))
@@ -212,6 +250,7 @@ def derive(facts: Facts, snapshot: Snapshot, now: float, rules: Rules = DEFAULT_
         "attempt": number,
         "job_id": _job_id(newest, job),
         "job_state": job.word if job is not None else None,
+        "node": job.node if job is not None else "",
     }
     if facts.status:
         return Verdict(State(facts.status.upper()), **known)
@@ -240,6 +279,9 @@ def _of_job(
         if word is None:
             return Verdict(last, stale=f"unknown job state {job.word!r}", **known)
         if word.phase is Phase.WAITING:
+            if LAUNCH_HELD in job.reason.lower().replace(" ", "_"):
+                # Slurm gives such a job up until somebody releases it: another attempt does better.
+                return _ended(facts, "launch", f"Slurm holds the job: {job.reason}", known)
             held = word.held or "held" in job.reason.lower()
             return Verdict(State.QUEUED, evidence=job.reason, held=held, **known)
         if word.phase is Phase.RUNNING:
@@ -249,7 +291,10 @@ def _of_job(
         if word.cause == "cancelled":
             return Verdict(State.CANCELLED, cause="cancelled", evidence=job.word, **known)
         cause = "launch" if word.cause == "crashed" and not newest.claim else word.cause
-        return _ended(facts, cause, f"Slurm says {job.word}; the job left no record", known)
+        evidence = f"Slurm says {job.word}; the job left no record"
+        if cause in UNEXPLAINED and facts.explained:
+            cause, evidence = facts.explained
+        return _ended(facts, cause, evidence, known)
     # Nobody knows a job of this attempt. That may be news not yet arrived, so it is believed only
     # after a while, counted from what a login node wrote; the job's own protocol keeps a late one
     # from writing (docs/decisions/0003).

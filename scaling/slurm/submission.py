@@ -1,41 +1,37 @@
 """Submission: intent, then sbatch or a local process, then the scheduler's answer as a hint.
 
-submitit writes the job script, submits it and names the logs; what it pickles is one module-level
-function with strings and integers. Its result pickles, job states and requeue handler are not used:
-identity, records, verdicts and retries are ours (``docs/decisions/0003-submission-protocol.md``).
+Identity, records, verdicts and retries are ours (``docs/decisions/0003-submission-protocol.md``);
+``scaling.slurm.launcher`` has what submitit does.
 """
 
-import contextlib
 import getpass
 import logging
 import platform
 import re
 import secrets
-import signal
 import socket
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.helpers import DelayedSubmission
 
 from scaling import ClueError, __version__
 from scaling.config import RunConfig
 from scaling.files import write_json
-from scaling.rundir import RunDir
-from scaling.slurm.job import chunk_folder, run_job
+from scaling.rundir import Attempt, RunDir, chunk_folder
+from scaling.slurm.launcher import Refused, array_script, start_array, start_process
 from scaling.slurm.profile import ClusterProfile, Shape
-from scaling.slurm.scheduler import command, process_identity
+from scaling.slurm.scheduler import command, process_identity, queued_jobs
 from scaling.slurm.state import Facts, State, Verdict
 
 log = logging.getLogger(__name__)
-_STARTED: list[Any] = []
-"""Local jobs that this process started and has not reaped yet."""
 SWEEP = re.compile(r"[a-z0-9][a-z0-9_-]{0,80}")
+LIMIT_TRUSTED_S = 3600.0
+"""A submit limit that was met is believed for so long, then tried again: it may have changed.
+[seconds]"""
 
 
 class SubmissionError(ClueError):
@@ -48,12 +44,20 @@ class Unreachable(SubmissionError):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A run that gets a new attempt."""
+    """A run that gets a new attempt, and on what terms."""
 
     run: RunDir
     config: RunConfig
     facts: Facts
     verdict: Verdict
+    code: str = ""
+    """Digest of the archive that its job imports."""
+    estimate: float | None = None
+    """What the rest of the run is estimated to take. [GPU-hours]"""
+    allowance: float | None = None
+    """What the attempt may take at most; None without a budget. [GPU-hours]"""
+    allow_drift: bool = False
+    """It may go on with other packages than it began with."""
 
 
 @dataclass(frozen=True)
@@ -65,47 +69,103 @@ class Submitted:
     job_id: str | None
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Runs that one job array may hold: of one shape, and one state of the code."""
+
+    shape: Shape
+    code: str
+    candidates: list[Candidate]
+
+
 def start_attempts(
     root: Path,
     candidates: Sequence[Candidate],
     profile: ClusterProfile,
     sweep: str,
+    *,
+    exclude: Sequence[str] = (),
+    others: Sequence[Attempt] = (),
+    excess: Callable[[], float] | None = None,
 ) -> list[Submitted]:
     """Give every candidate a new attempt, unless somebody else is just doing so.
+
+    Args:
+        exclude: nodes not to be used, besides the profile's.
+        others: attempts of the sweep that are queued or running.
+        excess: by how much the sweep's spendings and reservations exceed its budget, read anew.
+            [GPU-hours]
 
     Raises:
         SubmissionError: the scheduler refused; what it accepted before is recorded, and the rest
             is as if nobody had tried.
     """
+    check_name(sweep)
+    local = profile.executor == "local"
+    if not local:
+        candidates = _within_known_limit(candidates)
+    if not candidates:
+        return []
+    chunks = split(candidates, profile, 1 if local else array_size(profile))
+    free = profile.max_parallel - _occupied(others)
+    done: list[Submitted] = []
+    for chunk in chunks:
+        if free <= 0 and not local:
+            break  # those that wait would run beside max_parallel others
+        parallel = max(1, min(free, profile.max_parallel // len(chunks)))
+        submitted, complete = _submit_chunk(root, chunk, profile, sweep, parallel, exclude, excess)
+        done += submitted
+        free -= min(parallel, len(submitted))
+        if not complete:
+            break  # at a limit: the rest stays planned for the next sync
+    return done
+
+
+def scripts(
+    root: Path,
+    candidates: Sequence[Candidate],
+    profile: ClusterProfile,
+    sweep: str,
+    exclude: Sequence[str] = (),
+) -> Iterator[tuple[Chunk, str]]:
+    """The job scripts of the arrays that ``start_attempts`` would submit; writes nothing.
+
+    The part of the job name that is drawn at submission is zeros here.
+    """
+    check_name(sweep)
+    chunks = split(candidates, profile, array_size(profile))
+    for chunk in chunks:
+        yield (
+            chunk,
+            array_script(
+                root, sweep, f"{sweep}-{'0' * 10}", len(chunk.candidates), chunk.shape, profile,
+                code=chunk.code, parallel=max(1, profile.max_parallel // len(chunks)),
+                exclude=_excluded(profile, exclude),
+            ),
+        )  # fmt: skip
+
+
+def check_name(sweep: str) -> None:
+    """Refuse a sweep's name that would not be safe in a job script.
+
+    Raises:
+        SubmissionError: it has other characters than a-z, 0-9, _ and -.
+    """
     if not SWEEP.fullmatch(sweep):
         raise SubmissionError(
             f"sweep {sweep!r}: its name reaches job scripts; only a-z, 0-9, _ and - are safe"
         )
-    if not candidates:
-        return []
-    chunks = split(candidates, profile, 1 if profile.executor == "local" else array_size(profile))
-    done: list[Submitted] = []
-    for shape, chunk in chunks:
-        # max_parallel holds for all arrays of this submission together.
-        submitted, complete = _submit_chunk(
-            root, chunk, shape, profile, sweep, max(1, profile.max_parallel // len(chunks))
-        )
-        done += submitted
-        if not complete:
-            break  # at a submit limit: the rest stays planned for the next sync
-    return done
 
 
-def split(
-    candidates: Sequence[Candidate], profile: ClusterProfile, size: int
-) -> list[tuple[Shape, list[Candidate]]]:
-    """Chunks of at most ``size`` runs, each of one shape, in the order of the candidates."""
-    groups: dict[Shape, list[Candidate]] = {}
+def split(candidates: Sequence[Candidate], profile: ClusterProfile, size: int) -> list[Chunk]:
+    """Chunks of at most ``size`` runs, each of one shape and code, in the candidates' order."""
+    groups: dict[tuple[Shape, str], list[Candidate]] = {}
     for candidate in candidates:
-        groups.setdefault(profile.shape_of(candidate.config), []).append(candidate)
+        key = profile.shape_of(candidate.config), candidate.code
+        groups.setdefault(key, []).append(candidate)
     return [
-        (shape, group[i : i + size])
-        for shape, group in groups.items()
+        Chunk(shape, code, group[i : i + size])
+        for (shape, code), group in groups.items()
         for i in range(0, len(group), size)
     ]
 
@@ -124,18 +184,80 @@ def array_size(profile: ClusterProfile) -> int:
     return min(allowed, profile.array_size or allowed)
 
 
+def _within_known_limit(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    """As many candidates as a submit limit met before leaves room for.
+
+    Raises:
+        Unreachable: the cluster does not answer.
+    """
+    ends = [c.facts.attempts[-1].end for c in candidates if c.facts.attempts]
+    met = [e for e in ends if e and e["class"] == "limit" and e.get("queued") is not None]
+    if not met:
+        return candidates
+    newest = max(met, key=lambda e: float(e["time"]))
+    if time.time() - float(newest["time"]) > LIMIT_TRUSTED_S:
+        return candidates
+    queued = queued_jobs()
+    if queued is None:
+        raise Unreachable("nothing submitted: squeue does not say how many jobs are queued")
+    return candidates[: max(0, int(newest["queued"]) - queued)]
+
+
+def _occupied(attempts: Sequence[Attempt]) -> int:
+    """Runs that arrays already in the queue may execute at once."""
+    waiting: dict[str, list[int]] = {}
+    for attempt in attempts:
+        parallel = int(attempt.intent.get("parallel", 1))
+        waiting.setdefault(str(attempt.intent["token"]), []).append(parallel)
+    return sum(min(each[0], len(each)) for each in waiting.values())
+
+
+def _excluded(profile: ClusterProfile, nodes: Sequence[str]) -> str | None:
+    return ",".join([*([profile.exclude] if profile.exclude else []), *nodes]) or None
+
+
 def _submit_chunk(
     root: Path,
-    chunk: Sequence[Candidate],
-    shape: Shape,
+    chunk: Chunk,
     profile: ClusterProfile,
     sweep: str,
     parallel: int,
+    exclude: Sequence[str],
+    excess: Callable[[], float] | None,
 ) -> tuple[list[Submitted], bool]:
     """Returns the new attempts, and whether there may be room for more."""
     token = f"{sweep}-{secrets.token_hex(5)}"
-    won: list[tuple[RunDir, int]] = []
-    for c in chunk:
+    won = _intend(chunk, profile, sweep, token, parallel, exclude)
+    complete = True
+    if excess is not None:
+        kept = _withdraw(won, excess())
+        complete = kept == won
+        won = kept
+    if not won:
+        return [], complete
+    write_json(
+        chunk_folder(root, sweep, token) / "chunk.json",
+        {"schema_version": 1, "token": token, "runs": [c.run.run_key for c, _ in won]},
+    )
+    if profile.executor == "local":
+        return [_start_here(root, sweep, token, c, n, chunk.shape) for c, n in won], complete
+    submitted, all_accepted = _sbatch(
+        root, sweep, token, won, chunk, profile, parallel, _excluded(profile, exclude)
+    )
+    return submitted, complete and all_accepted
+
+
+def _intend(
+    chunk: Chunk,
+    profile: ClusterProfile,
+    sweep: str,
+    token: str,
+    parallel: int,
+    exclude: Sequence[str],
+) -> list[tuple[Candidate, int]]:
+    """Create the intents of a chunk; returns those won, with the numbers of their attempts."""
+    won: list[tuple[Candidate, int]] = []
+    for c in chunk.candidates:
         _close(c)
         number = (c.facts.attempts[-1].number if c.facts.attempts else 0) + 1
         intent = {
@@ -145,8 +267,15 @@ def _submit_chunk(
             "sweep": sweep,
             "step": c.facts.committed,
             "profile": profile.name,
-            "shape": shape.model_dump(mode="json"),
+            "shape": chunk.shape.model_dump(mode="json"),
+            "parallel": parallel,
+            "exclude": list(exclude),
+            "signal_lead_s": profile.signal_lead_s,
             "train": profile.train.model_dump(mode="json"),
+            "code": c.code,
+            "allow_drift": c.allow_drift,
+            "estimate_gpu_hours": c.estimate,
+            "allowance_gpu_hours": c.allowance,
             "host": socket.gethostname(),
             "user": getpass.getuser(),
             "time": time.time(),
@@ -159,145 +288,82 @@ def _submit_chunk(
         if c.run.record(number, "intent", intent):  # otherwise another process was faster
             if _cancelled_meanwhile(c):
                 c.run.record(number, "cancel", {"by": "cancel of the attempt before"})
-            won.append((c.run, number))
-    if not won:
-        return [], True
-    write_json(
-        chunk_folder(root, sweep, token) / "chunk.json",
-        {"schema_version": 1, "token": token, "runs": [run.run_key for run, _ in won]},
-    )
-    try:
-        job_ids = _sbatch(root, sweep, token, won, shape, profile, parallel)
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as e:
-        return _refused(won, chunk, str(e).strip())
-    done = []
-    for (run, number), job_id in zip(won, job_ids, strict=True):
-        hint: dict[str, Any] = {"job_id": job_id, "time": time.time()}
-        if profile.executor == "local":
-            hint |= process_identity(int(job_id))
-        run.record(number, "submit", hint)
-        done.append(Submitted(run.run_key, number, job_id))
-    return done, True
+            won.append((c, number))
+    return won
 
 
-def _close(candidate: Candidate) -> None:
-    """Record how the last attempt ended where its job could not, before a new one is made.
-
-    The new job then need not ask Slurm, nor Slurm remember.
-    """
-    verdict, attempts = candidate.verdict, candidate.facts.attempts
-    if attempts and attempts[-1].end is None and verdict.state in (State.FAILED, State.LOST):
-        end = {
-            "class": verdict.cause,
-            "evidence": verdict.evidence,
-            "step": candidate.facts.committed,
-            "generation": max(candidate.run.generations(), default=0),
-            "host": socket.gethostname(),
-            "time": time.time(),
-        }
-        candidate.run.record(attempts[-1].number, "end", end)
+def _withdraw(won: list[tuple[Candidate, int]], excess: float) -> list[tuple[Candidate, int]]:
+    """Take back the last intents that, with those of other logins, exceed the budget."""
+    kept = list(won)
+    while kept and excess > 0:
+        c, number = kept.pop()
+        excess -= c.allowance or 0.0
+        _end(c.run, number, "withdrawn", "the budget was reserved by another login meanwhile")
+    return kept
 
 
-def _cancelled_meanwhile(candidate: Candidate) -> bool:
-    """A cancel that raced with us hit the attempt before; a cancel looks for ours in turn."""
-    if not candidate.facts.attempts or candidate.facts.attempts[-1].cancel is not None:
-        return False
-    number = candidate.facts.attempts[-1].number
-    return (candidate.run.path / "attempts" / f"{number:04d}" / "cancel.json").exists()
+def _start_here(
+    root: Path, sweep: str, token: str, candidate: Candidate, number: int, shape: Shape
+) -> Submitted:
+    job_id = start_process(root, sweep, token, shape, candidate.code)
+    hint = {"job_id": job_id, "time": time.time(), **process_identity(int(job_id))}
+    candidate.run.record(number, "submit", hint)
+    return Submitted(candidate.run.run_key, number, job_id)
 
 
 def _sbatch(
     root: Path,
     sweep: str,
     token: str,
-    won: Sequence[tuple[RunDir, int]],
-    shape: Shape,
+    won: list[tuple[Candidate, int]],
+    chunk: Chunk,
     profile: ClusterProfile,
     parallel: int,
-) -> list[str]:
-    """Submit through submitit's public interface; job ids in the order of ``won``."""
-    folder = chunk_folder(root, sweep, token)
-    common = {
-        "timeout_min": shape.time_min,
-        "nodes": shape.nodes,
-        "tasks_per_node": shape.tasks_per_node,
-        "gpus_per_node": shape.gpus_per_node,
-    }
-    if profile.executor == "local":
-        executor = submitit.AutoExecutor(folder=folder, cluster="local")
-        executor.update_parameters(**common)
-    else:
+    exclude: str | None,
+) -> tuple[list[Submitted], bool]:
+    """Submit a chunk as one array, or at a submit limit the largest arrays that it allows.
+
+    Raises:
+        SubmissionError: the scheduler refused.
+    """
+    done: list[Submitted] = []
+    begin, size = 0, len(won)
+    while begin < len(won):
+        part = range(begin, min(begin + size, len(won)))
         try:
-            executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
-        except RuntimeError as e:
-            raise SubmissionError(
-                f"no Slurm on this machine ({e}); submit from a login node"
-            ) from e
-        if shape.gpus_per_node == 0:
-            del common["gpus_per_node"]
-        words = {
-            "partition": profile.partition,
-            "account": profile.account,
-            "qos": profile.qos,
-            "constraint": profile.constraint,
-            "exclude": profile.exclude,
-        }
-        executor.update_parameters(
-            **common,
-            **({"mem_gb": shape.mem_gb} if shape.mem_gb is not None else {}),
-            name=token,
-            cpus_per_task=shape.cpus_per_task,
-            slurm_signal_delay_s=profile.signal_lead_s,
-            slurm_array_parallelism=parallel,
-            slurm_wckey=None,
-            slurm_setup=[*_bring_arguments(root, sweep, folder, shape), *profile.setup],
-            slurm_additional_parameters={"requeue": True},
-            # A rank that ends badly ends its step: no other waits for it in a collective. srun
-            # does not inherit --cpus-per-task since Slurm 22.05.
-            slurm_srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={shape.cpus_per_task}"],
-            **{f"slurm_{k}": v for k, v in words.items() if v is not None},
-        )
-    n = len(won)
-    with _jobs_ignore_the_terminal() if profile.executor == "local" else contextlib.nullcontext():
-        jobs = executor.map_array(run_job, [str(root)] * n, [sweep] * n, [token] * n)
-    if profile.executor == "local":
-        _STARTED[:] = [job for job in (*_STARTED, *jobs) if not job.done()]
-    return [str(job.job_id) for job in jobs]
-
-
-def _bring_arguments(root: Path, sweep: str, folder: Path, shape: Shape) -> list[str]:
-    """Shell lines with which a job brings its own arguments to where submitit looks for them.
-
-    submitit renames them there after sbatch has answered. Where the answer is lost or the login
-    dies first, its job would wait a minute for them and fail. They are the same for every job of a
-    chunk, so that each can copy them.
-    """
-    arguments = DelayedSubmission(run_job, str(root), sweep, folder.name)
-    arguments.set_timeout(shape.time_min, 0)
-    folder.mkdir(parents=True, exist_ok=True)
-    arguments.dump(folder / "arguments.pkl")
-    return [
-        "job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
-        f"test -e {folder}/${{job}}_submitted.pkl"
-        f" || cp {folder}/arguments.pkl {folder}/${{job}}_submitted.pkl",
-    ]
-
-
-@contextlib.contextmanager
-def _jobs_ignore_the_terminal() -> Iterator[None]:
-    """Processes started meanwhile outlive Ctrl-C and the end of an ssh session.
-
-    An ignored signal stays ignored across exec.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    kept = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
+            job_ids = start_array(
+                root, sweep, token, part, chunk.shape, profile,
+                code=chunk.code, parallel=parallel, exclude=exclude,
+            )  # fmt: skip
+        except Refused as e:
+            cause = _cause(str(e))
+            if cause == "limit" and len(part) > 1:
+                size = len(part) // 2
+                continue
+            if cause is None:
+                # The job may come: the attempt keeps its intent, and is repeated once the
+                # quarantine is over and the controller knows no such job.
+                log.warning("sbatch gave no clear answer; waiting for its job: %s", e)
+                done += [Submitted(won[i][0].run.run_key, won[i][1], None) for i in part]
+                begin = part.stop
+                cause = "unreachable"
+            queued = queued_jobs() if cause == "limit" else None
+            for c, number in won[begin:]:
+                _end(c.run, number, cause, str(e), queued=queued)
+            if cause == "limit":
+                log.warning("at a submit limit; the rest stays planned: %s", e)
+            if cause == "limit" or done:
+                return done, False
+            error = Unreachable if cause == "unreachable" else SubmissionError
+            raise error(f"sbatch refused {len(won)} runs: {e}") from None
+        for i, job_id in zip(part, job_ids, strict=True):
+            c, number = won[i]
+            c.run.record(number, "submit", {"job_id": job_id, "time": time.time()})
+            done.append(Submitted(c.run.run_key, number, job_id))
+        begin = part.stop
+        if size < len(won):
+            size = max(1, size // 2)  # twice as many were refused: there is room for less
+    return done, True
 
 
 LIMIT = re.compile(r"AssocMax|AssocGrp|QOSMax|QOSGrp|MaxSubmit|submit limit|accounting/QOS", re.I)
@@ -309,26 +375,44 @@ REJECTED = re.compile(
 )
 
 
-def _refused(
-    won: Sequence[tuple[RunDir, int]], chunk: Sequence[Candidate], message: str
-) -> tuple[list[Submitted], bool]:
-    """Record a failed sbatch: only where it certainly was not accepted is the attempt ended.
+def _cause(message: str) -> str | None:
+    """Why sbatch certainly accepted nothing; None where it may have.
 
-    ``Socket timed out`` and the like say nothing: the job may come. Such an attempt keeps its
-    intent and is repeated once the quarantine is over and the controller knows no such job.
+    ``Socket timed out`` and the like say nothing: the job may come.
     """
-    cause = next(
-        (c for c, pattern in (("limit", LIMIT), ("unreachable", UNREACHABLE),
-                              ("rejected", REJECTED)) if pattern.search(message)),
-        None,
-    )  # fmt: skip
-    if cause is None:
-        log.warning("sbatch gave no clear answer; waiting for its job: %s", message)
-        return [Submitted(run.run_key, number, None) for run, number in won], True
-    for run, number in won:
-        run.record(number, "end", {"class": cause, "evidence": message[-500:], "time": time.time()})
-    if cause == "limit":
-        log.warning("at a submit limit; the rest stays planned: %s", message)
-        return [], False
-    error = Unreachable if cause == "unreachable" else SubmissionError
-    raise error(f"sbatch refused {len(chunk)} runs: {message}")
+    patterns = (("limit", LIMIT), ("unreachable", UNREACHABLE), ("rejected", REJECTED))
+    return next((cause for cause, pattern in patterns if pattern.search(message)), None)
+
+
+def _close(candidate: Candidate) -> None:
+    """Record how the last attempt ended where its job could not, before a new one is made.
+
+    The new job then need not ask Slurm, nor Slurm remember.
+    """
+    verdict, attempts = candidate.verdict, candidate.facts.attempts
+    if not attempts or attempts[-1].end is not None:
+        return
+    if verdict.state in (State.FAILED, State.LOST):
+        _end(
+            candidate.run, attempts[-1].number, str(verdict.cause), verdict.evidence,
+            step=candidate.facts.committed,
+            generation=max(candidate.run.generations(), default=0),
+            nodes=[verdict.node] if verdict.node else None,
+        )  # fmt: skip
+    if verdict.job_state is not None and verdict.cause == "launch":
+        # Slurm may still hold it, until somebody releases it.
+        command("scancel", f"--name={attempts[-1].intent['token']}", str(verdict.job_id))
+
+
+def _cancelled_meanwhile(candidate: Candidate) -> bool:
+    """A cancel that raced with us hit the attempt before; a cancel looks for ours in turn."""
+    if not candidate.facts.attempts or candidate.facts.attempts[-1].cancel is not None:
+        return False
+    number = candidate.facts.attempts[-1].number
+    return (candidate.run.path / "attempts" / f"{number:04d}" / "cancel.json").exists()
+
+
+def _end(run: RunDir, number: int, cause: str, evidence: str, **more: Any) -> None:
+    known = {k: v for k, v in more.items() if v is not None}
+    record = {"class": cause, "evidence": evidence[-500:], "time": time.time(), **known}
+    run.record(number, "end", {"host": socket.gethostname(), **record})

@@ -5,32 +5,49 @@ login node, a notebook. Nothing else submits, and no process has to stay alive f
 safe. On this host (``executor = "local"``) it starts runs as others end, so there it is watched.
 """
 
-import json
 import logging
-import os
+import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from scaling import ClueError
-from scaling.rundir import RunDir
+from scaling.config import RunConfig
+from scaling.rundir import Attempt, RunDir
+from scaling.slurm.budget import Prices, committed_hours, excess, grant, read_budget
+from scaling.slurm.code import archive, digest_of_package
 from scaling.slurm.profile import ClusterProfile, safe_root
-from scaling.slurm.scheduler import look
-from scaling.slurm.state import DEFAULT_RULES, Facts, Rules, Snapshot, State, Verdict, derive
+from scaling.slurm.state import Rules, State, Verdict, bad_nodes
+from scaling.slurm.status import Row, Survey, status, status_row, survey
 from scaling.slurm.submission import (
     Candidate,
     Submitted,
     Unreachable,
     array_size,
+    scripts,
     start_attempts,
 )
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 WATCH_S = {"slurm": 60.0, "local": 0.5}
 """Between two looks of a watching sync. [seconds]"""
-TAIL_BYTES = 1 << 16
+PATIENT_S = 600.0
+"""Longest time between two looks at a scheduler that does not answer. [seconds]"""
+Code = Literal["keep", "new"]
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a person said beyond "go on"."""
+
+    retry_failed: bool = False
+    """Give failed, cancelled and lost runs a new attempt, too."""
+    code: Code | None = None
+    """What runs with committed steps go on with, where the code has changed since."""
+    allow_drift: bool = False
+    """They may go on with other packages."""
 
 
 def submit(
@@ -39,8 +56,9 @@ def submit(
     profile: ClusterProfile,
     *,
     sweep: str,
-    dry_run: bool = False,
     retry_failed: bool = False,
+    code: Code | None = None,
+    allow_drift: bool = False,
 ) -> list[Row]:
     """Submit what is missing of these runs; doing it twice submits nothing twice.
 
@@ -49,8 +67,10 @@ def submit(
 
     Args:
         sweep: name of the sweep's folder below ``<root>/sweeps``.
-        dry_run: only say what would be submitted (``action`` of each row); touches nothing.
         retry_failed: also give failed, cancelled and lost runs a new attempt.
+        code: what runs that have committed steps go on with, where the code has changed since:
+            ``keep`` what they began with, or ``new``.
+        allow_drift: go on with other versions of the packages that matter.
 
     Returns:
         Status rows, with ``action``: ``submit`` or None.
@@ -59,17 +79,74 @@ def submit(
         ConfigError: a run does not fit the profile.
         CorpusError: a run's corpus is not prepared below ``root``.
         SubmissionError: the scheduler refused, or does not answer.
+        ClueError: runs to be retried began with other code, and ``code`` does not say which.
+    """
+    check_runs(root, [run.spec() for run in runs], profile)
+    return _pass(root, runs, profile, sweep, Orders(retry_failed, code, allow_drift))
+
+
+def check_runs(root: Path, configs: Iterable[RunConfig], profile: ClusterProfile) -> None:
+    """Check that runs fit a profile and that their corpora are there.
+
+    Raises:
+        ConfigError, CorpusError: they do not, or are not.
     """
     from scaling.data.corpus import Corpus
 
-    configs = [run.spec() for run in runs]
+    digests = set()
     for config in configs:
         profile.shape_of(config)
-    for digest in sorted({c.data.corpus_digest for c in configs}):
+        digests.add(config.data.corpus_digest)
+    for digest in sorted(digests):
         Corpus.find(root, digest)
-    if dry_run and profile.executor == "slurm":
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a submission would do."""
+
+    rows: list[Row]
+    """Status rows of all runs; ``action`` is ``submit`` for those that it would submit."""
+    arrays: list[tuple[int, str]]
+    """Size and job script of every array; none on this host."""
+
+
+def preview(
+    root: Path,
+    configs: Sequence[RunConfig],
+    profile: ClusterProfile,
+    *,
+    sweep: str,
+    retry_failed: bool = False,
+    code: Code | None = None,
+) -> Preview:
+    """What ``submit`` would do with these runs now, which need no folders yet; touches nothing.
+
+    Raises:
+        As ``submit``.
+    """
+    root = safe_root(root)
+    runs = [RunDir(root, config.run_key) for config in configs]
+    snapshot, derived = survey(runs, _rules(profile))
+    if not snapshot.answered:
+        raise Unreachable(f"nothing submitted: {snapshot.note}")
+    orders = Orders(retry_failed, code)
+    candidates = _candidates(derived, dict(zip(runs, configs, strict=True)), profile, orders)
+    chosen = {c.run.run_key for c in candidates}
+    rows = [
+        status_row(*one) | {"action": "submit" if one[0].run_key in chosen else None}
+        for one in derived
+    ]
+    arrays = []
+    if profile.executor == "slurm" and candidates:
+        exclude = bad_nodes(_attempts(derived))
+        arrays = [
+            (len(chunk.candidates), script)
+            for chunk, script in scripts(root, candidates, profile, sweep, exclude)
+        ]
+    elif profile.executor == "slurm":
         array_size(profile)  # asks the cluster, as a submission would
-    return _pass(root, runs, profile, sweep, dry_run, retry_failed)
+    return Preview(rows, arrays)
 
 
 def sync(
@@ -97,106 +174,84 @@ def sync(
             for.
     """
     pause = WATCH_S[profile.executor] if interval_s is None else interval_s
+    silent = 0
     while True:
         try:
-            rows = _pass(root, runs, profile, sweep, dry_run=False, retry_failed=False)
+            rows = _pass(root, runs, profile, sweep, Orders())
         except Unreachable as e:
             if not watch:
                 raise
             log.warning("%s", e)  # a controller that is down for an hour ends no watch
-            rows = status(runs, Rules(profile.quarantine_s, profile.settle_s))
+            rows = status(runs, _rules(profile))
         if report is not None:
             report(rows)
         if not watch or all(row["over"] for row in rows):
             return rows
-        time.sleep(pause)
+        silent = silent + 1 if any(row["stale"] for row in rows) else 0
+        # Many who watch must not all ask at once, least of all a controller that is overloaded.
+        wait = min(pause * 2 ** min(silent, 10), max(pause, PATIENT_S))
+        time.sleep(wait * random.uniform(0.9, 1.1))
 
 
-def status(runs: Sequence[RunDir], rules: Rules = DEFAULT_RULES) -> list[Row]:
-    """What is known of each run, without changing anything.
-
-    Returns:
-        One row per run: ``run_key``, ``state``, ``job_state`` (Slurm's word), ``job_id``,
-        ``attempts``, ``step``, ``steps``, ``loss`` (newest pool loss), ``train_loss``,
-        ``progress_age_s`` (since the run last wrote metrics), ``cause`` and ``evidence`` of a
-        failure, ``held``, ``stale`` (why the state is only the last one known, or None), ``over``.
-    """
-    _, derived = survey(runs, rules)
-    return [_row(run, facts, verdict) for run, facts, verdict in derived]
-
-
-def survey(
-    runs: Iterable[RunDir], rules: Rules
-) -> tuple[Snapshot, list[tuple[RunDir, Facts, Verdict]]]:
-    """One look at records and scheduler. The scheduler is asked between two readings of the
-    records of open runs, so that a job it shows as ended has left there whatever it will leave."""
-    before = [(run, read_facts(run)) for run in runs]
-    begun = time.time()
-    open_runs = {
-        f.run_key
-        for _, f in before
-        if f.attempts and not f.status and not f.damage and f.attempts[-1].end is None
-    }
-    snapshot = look(f.attempts[-1] for _, f in before if f.run_key in open_runs)
-    derived = []
-    for run, first in before:
-        facts = read_facts(run) if first.run_key in open_runs else first
-        derived.append((run, facts, derive(facts, snapshot, begun, rules)))
-    return snapshot, derived
-
-
-def read_facts(run: RunDir) -> Facts:
-    """What the run's folder says; damage is reported in it, not raised."""
-    steps = None
-    try:
-        steps = run.spec().steps
-        result = run.result()
-        attempts = tuple(run.attempts())
-        for attempt in attempts:
-            if not {"token", "index", "executor", "step", "time"} <= attempt.intent.keys():
-                raise ClueError(f"{run.path}: attempt {attempt.number} has no valid intent")
-        if result is not None and result.get("status") not in ("done", "diverged"):
-            raise ClueError(f"{run.path / 'result.json'}: status {result.get('status')!r}")
-    except ClueError as e:
-        return Facts(run.run_key, damage=str(e), steps=steps)
-    committed = [int(p.parent.name[5:]) for p in run.path.glob("ckpt/step-[0-9]*/COMMITTED")]
-    status = None if result is None else str(result["status"])
-    return Facts(run.run_key, status, max(committed, default=0), attempts, steps=steps)
+def _rules(profile: ClusterProfile) -> Rules:
+    return Rules(profile.quarantine_s, profile.settle_s)
 
 
 def _pass(
-    root: Path,
-    runs: Sequence[RunDir],
-    profile: ClusterProfile,
-    sweep: str,
-    dry_run: bool,
-    retry_failed: bool,
+    root: Path, runs: Sequence[RunDir], profile: ClusterProfile, sweep: str, orders: Orders
 ) -> list[Row]:
     root = safe_root(root)
-    rules = Rules(profile.quarantine_s, profile.settle_s)
-    snapshot, derived = survey(runs, rules)
-    wanted = [
-        Candidate(run, run.spec(), facts, verdict)
-        for run, facts, verdict in derived
-        if _wanted(verdict, retry_failed)
-    ]
-    if not snapshot.answered:
-        if dry_run:
-            raise Unreachable(f"nothing submitted: {snapshot.note}")
-        wanted = []  # an unknown state changes nothing: it must not hide a job that runs
+    snapshot, derived = survey(runs, _rules(profile))
+    held = ""
+    candidates: list[Candidate] = []
+    if snapshot.answered:  # an unknown state changes nothing: it must not hide a job that runs
+        configs = {run: run.spec() for run, _, v in derived if _wanted(v, orders.retry_failed)}
+        full = [v for _, _, v in derived if v.cause == "disk_full" and not v.start]
+        if full and not orders.retry_failed:
+            held = f"{full[0].evidence}: nothing is started until submit --retry-failed says so"
+        else:
+            candidates = _candidates(derived, configs, profile, orders)
+    prices = Prices.read(root, sweep) if candidates else None
+    if prices is not None:
+        candidates = [_priced(c, prices, profile) for c in candidates]
+    budget = read_budget(root, sweep)
+    if budget is not None and candidates:
+        facts = {run.run_key: known for run, known, _ in derived}
+        starting = frozenset(c.run.run_key for c in candidates)
+        asked = candidates
+        candidates = grant(asked, budget - committed_hours(runs, facts, starting))
+        if len(candidates) < len(asked):
+            held = f"the budget of {budget:g} GPU-hours is reserved"
     if profile.executor == "local":
         busy = sum(v.state in (State.QUEUED, State.RUNNING) for _, _, v in derived)
-        wanted = wanted[: max(0, profile.max_parallel - busy)]
-    new: dict[str, Submitted] = {}
-    if not dry_run:
-        new = {s.run_key: s for s in start_attempts(root, wanted, profile, sweep)}
-    chosen = {c.run.run_key for c in wanted}
+        candidates = candidates[: max(0, profile.max_parallel - busy)]
+    if candidates:
+        archive(root)
+    started = start_attempts(
+        root,
+        candidates,
+        profile,
+        sweep,
+        exclude=bad_nodes(_attempts(derived)),
+        others=[
+            f.attempts[-1]
+            for _, f, v in derived
+            if f.attempts and v.state in (State.QUEUED, State.RUNNING)
+        ],
+        excess=None if budget is None else lambda: excess(runs, budget),
+    )
+    return _rows(derived, {s.run_key: s for s in started}, held)
+
+
+def _rows(derived: Survey, started: Mapping[str, Submitted], held: str) -> list[Row]:
     rows = []
     for run, facts, verdict in derived:
-        if (started := new.get(run.run_key)) is not None:
-            verdict = Verdict(State.QUEUED, started.attempt, started.job_id)
-        row = _row(run, facts, verdict)
-        row["action"] = "submit" if run.run_key in (chosen if dry_run else new) else None
+        if (new := started.get(run.run_key)) is not None:
+            verdict = Verdict(State.QUEUED, new.attempt, new.job_id)
+        row = status_row(run, facts, verdict)
+        row["action"] = None if new is None else "submit"
+        if held and verdict.start and new is None:
+            row["evidence"] = held
         rows.append(row)
     return rows
 
@@ -206,51 +261,52 @@ def _wanted(verdict: Verdict, retry_failed: bool) -> bool:
     return verdict.start or (retry_failed and again and verdict.cause != "damaged")
 
 
-def _row(run: RunDir, facts: Facts, verdict: Verdict) -> Row:
-    step, loss, train_loss, age = _progress(run)
-    return {
-        "run_key": run.run_key,
-        "state": verdict.state.value,
-        "job_state": verdict.job_state,
-        "job_id": verdict.job_id,
-        "attempts": verdict.attempt,
-        "step": step,
-        "steps": facts.steps,
-        "loss": loss,
-        "train_loss": train_loss,
-        "progress_age_s": age,
-        "cause": verdict.cause,
-        "evidence": verdict.evidence or None,
-        "held": verdict.held,
-        "stale": verdict.stale or None,
-        "over": verdict.over,
-    }
+def _candidates(
+    derived: Survey,
+    configs: Mapping[RunDir, RunConfig],
+    profile: ClusterProfile,
+    orders: Orders,
+) -> list[Candidate]:
+    """Runs that get a new attempt, each with the code that it is to run.
 
-
-def _progress(run: RunDir) -> tuple[int, float | None, float | None, float | None]:
-    """Newest step, pool loss and training loss, and the age of the newest metrics file.
-
-    Only the ends of the files are read: a run of 100,000 steps is asked for its state often.
+    Raises:
+        ClueError: some began with other code, and nobody said which to go on with.
     """
-    step: int | None = None
-    losses: dict[str, float | None] = {"pool": None, "train": None}
-    age = None
-    for generation in reversed(run.generations()):
-        path = run.metrics_path(generation)
-        with open(path, "rb") as f:
-            if age is None:
-                age = time.time() - os.fstat(f.fileno()).st_mtime
-            f.seek(max(0, os.fstat(f.fileno()).st_size - TAIL_BYTES))
-            lines = f.read().split(b"\n")[:-1]
-        for line in reversed(lines):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the first line of the tail may be cut
-            if row["kind"] in losses:
-                step = int(row["step"]) if step is None else step
-                if losses[row["kind"]] is None:
-                    losses[row["kind"]] = row["loss"]
-        if step is not None and None not in losses.values():
-            break
-    return step or 0, losses["pool"], losses["train"], age
+    now = digest_of_package()
+    candidates, changed = [], []
+    for run, facts, verdict in derived:
+        if not _wanted(verdict, orders.retry_failed):
+            continue
+        began = _code_of(facts.attempts) if facts.committed else None
+        code = now if began is None or orders.code == "new" else began
+        if code != now and orders.retry_failed and orders.code is None:
+            changed.append(run.run_key)
+        candidates.append(
+            Candidate(run, configs[run], facts, verdict, code, allow_drift=orders.allow_drift)
+        )
+    if changed:
+        raise ClueError(
+            f"{len(changed)} runs ({', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}) "
+            "have checkpoints and the code has changed since: go on with what they began with "
+            "(--code keep), or with what is here now (--code new)"
+        )
+    return candidates
+
+
+def _code_of(attempts: Sequence[Attempt]) -> str | None:
+    """The code that the newest attempt which a job claimed ran."""
+    ran = [a.intent.get("code") for a in attempts if a.claim]
+    return next((str(code) for code in reversed(ran) if code), None)
+
+
+def _attempts(derived: Survey) -> list[Attempt]:
+    """All attempts of all runs; of finished runs only where there was more than one."""
+    found: list[Attempt] = []
+    for run, facts, _ in derived:
+        found += facts.attempts or (run.attempts() if facts.newest > 1 else ())
+    return found
+
+
+def _priced(candidate: Candidate, prices: Prices, profile: ClusterProfile) -> Candidate:
+    estimated = prices.of(candidate.config, profile, candidate.facts.committed)
+    return candidate if estimated is None else replace(candidate, estimate=estimated.gpu_hours)

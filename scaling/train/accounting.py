@@ -107,7 +107,8 @@ def result_record(
         totals: of ``Counters``.
         status: ``done`` or ``diverged``.
         step: steps done.
-        execution: how the last generation ran: ``world_size``, ``micro_batch_tokens``.
+        execution: how the last generation ran: ``world_size``, ``micro_batch_tokens``; of a job
+            also ``profile`` and ``cpus_per_task``.
     """
     pool, curve = run.curve("pool"), run.curve("train")
     last = pool[-1] if pool and status == "done" else {}
@@ -139,5 +140,6 @@ def result_record(
         "n_item": counts.n_item,
         "n_service": counts.n_service,
         "parameters": asdict(counts),
+        "gpu_hours": run.gpu_hours(),
         **execution,
     }

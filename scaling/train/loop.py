@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -111,6 +112,7 @@ def train(
     if not micro_batch_tokens:
         micro_batch_tokens = memory.find_micro_batch(model, batches.batch(step), config, ranks)
     execution = {"world_size": ranks.world_size, "micro_batch_tokens": micro_batch_tokens}
+    placed = {name: (job or {}).get(name) for name in ("profile", "cpus_per_task")}
     generation = 0
     if ranks.rank == 0:
         generation = run.start_generation(
@@ -120,6 +122,7 @@ def train(
                 "job": dict(job) if job else None,
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
+                "time": time.time(),
                 **execution,
                 "settings": settings.model_dump(mode="json"),
             }
@@ -181,7 +184,7 @@ def train(
         def write() -> None:
             if metrics:
                 os.fsync(metrics.fileno())
-            result = result_record(run, config, totals, status, step, execution)
+            result = result_record(run, config, totals, status, step, {**execution, **placed})
             run.write_result(generation, result)
 
         ranks.first(write)

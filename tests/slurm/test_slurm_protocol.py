@@ -13,7 +13,8 @@ from scaling.slurm import cancel as cancelling
 from scaling.slurm import job as job_module
 from scaling.slurm import submission, sync
 from scaling.slurm.cancel import cancel
-from scaling.slurm.job import EXIT_SUPERSEDED, classify
+from scaling.slurm.failures import classify
+from scaling.slurm.job import EXIT_SUPERSEDED
 from scaling.slurm.profile import ClusterProfile, Shape, ShapeRule, safe_root
 from scaling.slurm.submission import SubmissionError
 
@@ -57,8 +58,11 @@ def test_submit_twice_is_one_array(root, make_runs, fake_slurm, slurm_profile):
 def test_dry_run_touches_nothing(root, make_runs, fake_slurm, slurm_profile):
     runs = make_runs(2)
     before = sorted(root.rglob("*"))
-    rows = sync.submit(root, runs, slurm_profile, sweep="s", dry_run=True)
-    assert [(r["state"], r["action"]) for r in rows] == [("PLANNED", "submit")] * 2
+    configs = [run.spec() for run in runs]
+    seen = sync.preview(root, configs, slurm_profile, sweep="s")
+    assert [(r["state"], r["action"]) for r in seen.rows] == [("PLANNED", "submit")] * 2
+    assert [n for n, _ in seen.arrays] == [2]
+    assert "#SBATCH --array=0-1%2" in seen.arrays[0][1]
     assert sorted(root.rglob("*")) == before
     assert fake_slurm.jobs() == []
 
@@ -147,7 +151,7 @@ def test_sbatch_timed_out(root, make_runs, fake_slurm, slurm_profile, accepted):
     (row,) = sync.sync(root, runs, slurm_profile, sweep="s")
     assert (row["state"], row["action"]) == ("QUEUED", None)
     if accepted == "now":
-        assert row["job_id"] == "101"
+        assert row["job_id"] == "101_0"
         finish(fake_slurm)
         one_writer(runs)
         return
@@ -223,13 +227,20 @@ def test_a_reused_job_id_is_not_ours(root, make_runs, fake_slurm, slurm_profile)
 
 def test_limits_and_array_size(root, make_runs, fake_slurm, slurm_profile):
     runs = make_runs(7)
-    fake_slurm.fault(max_array_size=3, max_submit=2)
+    fake_slurm.fault(max_array_size=3, max_submit=5)
     rows = sync.submit(root, runs, slurm_profile, sweep="s")
-    assert states(rows) == ["PLANNED"] * 7  # arrays of 3 exceed the limit of 2
-    fake_slurm.fault(max_array_size=3)
+    assert states(rows) == ["QUEUED"] * 5 + ["PLANNED"] * 2  # arrays of 3, 1 and 1
+    assert [j["index"] for j in fake_slurm.jobs()] == [0, 1, 2, 0, 1]
+    tried = len((fake_slurm.home / "sbatch.log").read_text().split("---"))
+    for _ in range(3):  # the limit is known: nothing is tried, no attempt is used up
+        rows = sync.sync(root, runs, slurm_profile, sweep="s")
+        assert states(rows) == ["QUEUED"] * 5 + ["PLANNED"] * 2
+    assert len((fake_slurm.home / "sbatch.log").read_text().split("---")) == tried
+    assert finish(fake_slurm) == [0] * 5
     rows = sync.sync(root, runs, slurm_profile, sweep="s")
-    assert states(rows) == ["QUEUED"] * 7
-    assert [j["index"] for j in fake_slurm.jobs()] == [0, 1, 2, 0, 1, 2, None]
+    assert states(rows) == ["DONE"] * 5 + ["QUEUED"] * 2
+    assert finish(fake_slurm) == [0, 0]
+    one_writer(runs)
 
 
 def test_a_rejected_submission_is_an_error_and_can_be_repeated(
@@ -247,11 +258,11 @@ def test_two_submitters_make_one_attempt(root, make_runs, fake_slurm, slurm_prof
     runs = make_runs(1)
     original, other = submission.start_attempts, []
 
-    def second_login_is_faster(*args):
+    def second_login_is_faster(*args, **terms):
         if not other:
             other.append(True)
             sync.submit(root, runs, slurm_profile, sweep="s")
-        return original(*args)
+        return original(*args, **terms)
 
     monkeypatch.setattr(sync, "start_attempts", second_login_is_faster)
     assert sync.submit(root, runs, slurm_profile, sweep="s")[0]["action"] is None
@@ -408,7 +419,7 @@ def test_shapes_make_arrays_of_their_own(root, make_runs, fake_slurm):
         "#SBATCH --ntasks-per-node=4",
         "#SBATCH --gpus-per-node=4",
         "#SBATCH --partition=gpu",
-        "#SBATCH --mem=20992MB",
+        "#SBATCH --mem=20992M",
         "#SBATCH --requeue",
         "#SBATCH --signal=USR2@300",
         "#SBATCH --array=0-1%2",

@@ -85,7 +85,14 @@ def test_an_unknown_word_changes_nothing(word, claim):
     assert not v.start
 
 
-@pytest.mark.parametrize("reason", ["JobHeldUser", "launch_failed_requeued_held"])
+@pytest.mark.parametrize("reason", ["launch_failed_requeued_held", "launch failed requeued held"])
+def test_a_job_that_could_not_be_launched_is_not_waited_for(reason):
+    v = verdict(attempt(claim=False), job=Job("7_3", "PENDING", reason))
+    assert (v.state, v.cause, v.start) == (State.FAILED, "launch", True)
+    assert reason in v.evidence
+
+
+@pytest.mark.parametrize("reason", ["JobHeldUser", "JobHeldAdmin"])
 def test_held_jobs_are_shown(reason):
     v = verdict(attempt(), job=Job("7_3", "PENDING", reason))
     assert (v.state, v.held, v.evidence) == (State.QUEUED, True, reason)
@@ -207,12 +214,16 @@ def test_no_output_of_slurm_breaks_the_parsers(text):
 
 
 def test_parsers():
-    output = "12|3|RUNNING|2027-01-01T00:00:00|None|s-x\n13|N/A|PENDING|N/A|JobHeldUser|a|b\n"
+    output = (
+        "12|3|RUNNING|2027-01-01T00:00:00|None|gpu1|s-x\n"
+        "13|N/A|PENDING|N/A|JobHeldUser|gpu[1-2]|a|b\n"
+    )
     jobs = _parse_squeue(output)
-    assert (jobs["s-x", 3].job_id, jobs["s-x", 3].word, jobs["s-x", 3].reason) == (
-        "12_3", "RUNNING", "",
-    )  # fmt: skip
+    job = jobs["s-x", 3]
+    assert (job.job_id, job.word, job.reason, job.node) == ("12_3", "RUNNING", "", "gpu1")
     assert (jobs["a|b", 0].job_id, jobs["a|b", 0].reason) == ("13", "JobHeldUser")
     assert _parse_squeue(output[:-1]) is None
-    jobs = _parse_sacct("12_[4-7%2]|PENDING|Unknown|s\n12_3|CANCELLED by 5|Unknown|s\n")
+    jobs = _parse_sacct(
+        "12_[4-7%2]|PENDING|Unknown|None assigned|s\n12_3|CANCELLED by 5|Unknown|gpu1|s\n"
+    )
     assert list(jobs) == [("s", 3)]

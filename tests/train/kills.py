@@ -53,7 +53,7 @@ from scaling.train import checkpoint, evaluate, loop
 from scaling.train.export import exported
 
 PLACES = ("start-up", "train step", "evaluation", "save", "export", "result")
-CLOCK = ("seconds", "generation", "micro_batch_tokens")
+CLOCK = ("seconds", "gpu_hours", "generation", "micro_batch_tokens")
 """Keys of a result that a restart may change: free memory differs."""
 PATIENCE = 120.0
 """A worker that is silent or outlives a killed rank for longer hangs. [s]"""

@@ -17,7 +17,7 @@ from scaling.models import build
 from scaling.models.transformer import Stack
 from scaling.packing import PackedBatch
 from scaling.rundir import RunDir
-from scaling.slurm.job import GPU_IS_FULL, HOST_IS_FULL, classify
+from scaling.slurm.failures import classify
 from scaling.train import memory
 from scaling.train.loop import train
 from scaling.train.ranks import Ranks
@@ -242,6 +242,8 @@ def test_a_job_that_ran_out_of_memory_is_classed_so():
     cuda = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")
     assert memory.is_out_of_memory(cuda)
     assert classify(cuda) == "gpu_oom"
-    # slurm does not import train
-    assert (HOST_IS_FULL, GPU_IS_FULL) == (memory.HOST_IS_FULL, memory.GPU_IS_FULL)
+    # slurm does not import train, and has words of its own
+    for cause, words in (("host_oom", memory.HOST_IS_FULL), ("gpu_oom", memory.GPU_IS_FULL)):
+        for said in words:
+            assert classify(RuntimeError(f"{said}: tried to allocate 3 GiB")) == cause
     assert not memory.is_out_of_memory(RuntimeError("gloo: connection reset"))

@@ -40,16 +40,18 @@ def sbatch(argv):
     if fault == "rejected":
         fail("sbatch: error: Batch job submission failed: Invalid partition name specified")
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(.*)$", script, re.MULTILINE))
-    size = re.match(r"0-(\d+)", options.get("array", ""))
+    first, last = map(int, re.match(r"'?(\d+)-(\d+)", options["array"]).groups())
+    jobs = load("jobs.json", [])
     limit = load("faults.json", {}).get("max_submit")
-    if limit is not None and size and int(size.group(1)) + 1 > limit:
+    if limit is not None and sum(map(queued, jobs)) + last + 1 - first > limit:
         fail(
             "sbatch: error: AssocMaxSubmitJobLimit\nsbatch: error: Batch job submission failed: "
             "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
         )
-    jobs = load("jobs.json", [])
+    if last >= load("faults.json", {}).get("max_array_size", 1001):
+        fail("sbatch: error: Batch job submission failed: Invalid job array specification")
     main = max((j["main"] for j in jobs), default=100) + 1
-    for index in range(int(size.group(1)) + 1) if size else [None]:
+    for index in range(first, last + 1):
         jobs.append(
             {
                 "main": main,
@@ -65,6 +67,10 @@ def sbatch(argv):
     if fault == "timeout_accepted":
         fail("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
     print(f"Submitted batch job {main}")
+
+
+def queued(job):
+    return job["state"] in ("PENDING", "RUNNING") and not job.get("purged")
 
 
 def broken(name):
@@ -99,17 +105,22 @@ def squeue(argv):
             continue
         if "--format=%T" in argv:
             print(j["state"])
+        elif "--format=%i" in argv:
+            if queued(j):
+                print(j["main"])
         else:
             end = j["end"] or "N/A"
             index = "N/A" if j["index"] is None else j["index"]
-            print(f"{j['main']}|{index}|{j['state']}|{end}|{j['reason']}|{j['name']}")
+            node = j.get("node", "")
+            print(f"{j['main']}|{index}|{j['state']}|{end}|{j['reason']}|{node}|{j['name']}")
 
 
 def sacct(argv):
     broken("sacct")
     for job_id, j in selected(argv):
         if not j.get("unaccounted"):
-            print(f"{job_id}|{j['state']}|{j['end'] or 'Unknown'}|{j['name']}")
+            node = j.get("node", "None assigned")
+            print(f"{job_id}|{j['state']}|{j['end'] or 'Unknown'}|{node}|{j['name']}")
 
 
 def scontrol(argv):

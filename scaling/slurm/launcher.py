@@ -1,0 +1,188 @@
+"""The one place that knows submitit: job arrays through ``sbatch``, processes on this host.
+
+submitit writes the job script, submits it and names the logs; what it pickles is one module-level
+function with three strings. Its result pickles, job states and requeue handler are not used.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.helpers import DelayedSubmission
+
+from scaling import ClueError
+from scaling.rundir import chunk_folder
+from scaling.slurm.code import archive_path
+from scaling.slurm.job import run_job
+from scaling.slurm.profile import ClusterProfile, Shape
+
+_STARTED: list[Any] = []
+"""Local jobs that this process started and has not reaped yet."""
+
+
+class Refused(ClueError):
+    """``sbatch`` failed; its message says whether the job may come all the same."""
+
+
+def start_array(
+    root: Path,
+    sweep: str,
+    token: str,
+    indices: range,
+    shape: Shape,
+    profile: ClusterProfile,
+    *,
+    code: str,
+    parallel: int,
+    exclude: str | None,
+) -> list[str]:
+    """Submit elements of a chunk as one job array; returns their job ids, ``<array>_<index>``.
+
+    Raises:
+        Refused: ``sbatch`` gave no job id.
+    """
+    folder = chunk_folder(root, sweep, token)
+    folder.mkdir(parents=True, exist_ok=True)
+    # submitit brings the arguments to where a job looks for them after sbatch has answered. Where
+    # the answer is lost or the login dies first, a job would wait a minute for them and fail. They
+    # are the same for every job of a chunk: the script copies them.
+    arguments = DelayedSubmission(run_job, str(root), sweep, token)
+    arguments.set_timeout(shape.time_min, 0)
+    arguments.dump(folder / "arguments.pkl")
+    executor = _executor(root, sweep, token, indices, shape, profile, code, parallel, exclude)
+    try:
+        job = executor.submit(run_job, str(root), sweep, token)
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as e:
+        raise Refused(str(e).strip()) from None
+    return [f"{job.job_id}_{i}" for i in indices]
+
+
+def array_script(
+    root: Path,
+    sweep: str,
+    token: str,
+    count: int,
+    shape: Shape,
+    profile: ClusterProfile,
+    *,
+    code: str,
+    parallel: int,
+    exclude: str | None,
+) -> str:
+    """The script that ``start_array`` would give to ``sbatch``; writes nothing."""
+    executor = _executor(root, sweep, token, range(count), shape, profile, code, parallel, exclude)
+    text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
+    return text
+
+
+def _executor(
+    root: Path,
+    sweep: str,
+    token: str,
+    indices: range,
+    shape: Shape,
+    profile: ClusterProfile,
+    code: str,
+    parallel: int,
+    exclude: str | None,
+) -> Any:
+    folder = chunk_folder(root, sweep, token)
+    try:
+        executor = submitit.SlurmExecutor(folder=folder)
+    except RuntimeError as e:
+        raise ClueError(f"no Slurm on this machine ({e}); submit from a login node") from e
+    wanted = {
+        "job_name": token,
+        "time": shape.time_min,
+        "nodes": shape.nodes,
+        "ntasks_per_node": shape.tasks_per_node,
+        "cpus_per_task": shape.cpus_per_task,
+        "gpus_per_node": shape.gpus_per_node or None,
+        "mem": None if shape.mem_gb is None else f"{round(1024 * shape.mem_gb)}M",
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "exclude": exclude,
+        "signal_delay_s": profile.signal_lead_s,
+    }
+    archive = archive_path(root, code)
+    copied = f"{folder}/${{job}}_submitted.pkl"
+    executor.update_parameters(
+        **{k: v for k, v in wanted.items() if v is not None},
+        wckey=None,
+        setup=[
+            "umask 077",
+            "job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}",
+            # What is unpickled must be ours.
+            f"test -O {folder}/arguments.pkl || exit 1",
+            f"test -e {copied} || cp {folder}/arguments.pkl {copied}",
+            *profile.setup,
+            # The archive comes before all else, and the folder that was submitted from not at all.
+            f"export PYTHONSAFEPATH=1 PYTHONPATH={archive}${{PYTHONPATH:+:$PYTHONPATH}}",
+        ],
+        additional_parameters={
+            "requeue": True,
+            # Elements keep their index in the chunk, wherever the array begins; always an array,
+            # so that one run's job is named and logged as any other.
+            "array": f"{indices[0]}-{indices[-1]}%{min(parallel, len(indices))}",
+        },
+        # A rank that ends badly ends its step: no other waits for it in a collective. srun does not
+        # inherit --cpus-per-task since Slurm 22.05.
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={shape.cpus_per_task}"],
+    )
+    executor.parameters["map_count"] = len(indices)  # names logs by array and index
+    return executor
+
+
+def start_process(root: Path, sweep: str, token: str, shape: Shape, code: str) -> str:
+    """Start one run on this host; returns the id of the process that controls its ranks."""
+    executor = submitit.LocalExecutor(folder=chunk_folder(root, sweep, token))
+    executor.update_parameters(
+        timeout_min=shape.time_min,
+        tasks_per_node=shape.tasks_per_node,
+        gpus_per_node=shape.gpus_per_node,
+    )
+    with _jobs_ignore_the_terminal(), _imports_from(archive_path(root, code)):
+        job = executor.submit(run_job, str(root), sweep, token)
+    _STARTED[:] = [j for j in (*_STARTED, job) if not j.done()]
+    return str(job.job_id)
+
+
+@contextlib.contextmanager
+def _imports_from(archive: Path) -> Iterator[None]:
+    """Processes started meanwhile import the package from an archive, as jobs of arrays do."""
+    before = dict(os.environ)
+    path = before.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{archive}{os.pathsep + path if path else ''}"
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        for name in ("PYTHONPATH", "PYTHONSAFEPATH"):
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                del os.environ[name]
+
+
+@contextlib.contextmanager
+def _jobs_ignore_the_terminal() -> Iterator[None]:
+    """Processes started meanwhile outlive Ctrl-C and the end of an ssh session.
+
+    An ignored signal stays ignored across exec.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
