@@ -22,7 +22,7 @@ from scaling import ClueError
 from scaling.config import RunConfig
 from scaling.files import RecordError, read_json, write_bytes, write_json
 from scaling.flops import to_pf_days
-from scaling.rundir import RunDir
+from scaling.rundir import RunDir, _lines
 from scaling.sweeps import PLAN_COLUMNS
 
 TABLES_VERSION = 2
@@ -312,10 +312,10 @@ def _collect_run(
         account.incomplete.append({"run_key": key, "reason": "not submitted"})
         return row
     try:
-        config = run.spec()
-        row["corpus"], row["corpus_digest"] = run.corpus(), config.data.corpus_digest
+        config, row["corpus"] = _specification(run)
+        row["corpus_digest"] = config.data.corpus_digest
         row["pool_size"], row["pool_digest"] = config.pool.size, config.pool.digest
-        row["attempts"] = len(run.attempts()) or None
+        row["attempts"] = _attempts(run) or None
         found, left_out = _curve_rows(run, config)
         row["step"] = max((r["step"] for r in found), default=None)
         result = run.result()
@@ -345,6 +345,43 @@ def _collect_run(
     elif not downstream:
         account.without_transfer.append(key)
     return row
+
+
+# Of thousands of runs each file is opened once: on a network file system that is what takes time.
+
+
+def _specification(run: RunDir) -> tuple[RunConfig, str]:
+    """``run.spec()`` and ``run.corpus()``."""
+    path = run.path / "spec.json"
+    record = read_json(path)
+    if not isinstance(record, dict) or "config" not in record:
+        raise RecordError(f"{path}: not a run specification")
+    config = RunConfig.parse(record["config"], str(path))
+    if config.run_key != run.run_key:
+        raise RecordError(
+            f"{path}: its configuration has the key {config.run_key}, not {run.run_key}"
+        )
+    return config, str(record["corpus"])
+
+
+def _attempts(run: RunDir) -> int:
+    """Number of attempts, as folders with an intent, which is not read."""
+    return sum(
+        (run.path / "attempts" / f"{n:04d}" / "intent.json").exists() for n in run.attempt_numbers()
+    )
+
+
+def _curves(run: RunDir) -> dict[str, list[dict[str, Any]]]:
+    """``run.curve`` of both kinds."""
+    curves: dict[str, list[dict[str, Any]]] = {"pool": [], "train": []}
+    for generation in run.generations():
+        for row in _lines(run.metrics_path(generation)):
+            if row["kind"] == "start":
+                for kind, rows in curves.items():
+                    curves[kind] = [r for r in rows if r["step"] <= row["resumed_from"]]
+            elif row["kind"] in curves:
+                curves[row["kind"]].append(row)
+    return curves
 
 
 RESULT_COLUMNS = (
@@ -388,7 +425,8 @@ def _take_result(
 def _curve_rows(run: RunDir, config: RunConfig) -> tuple[list[dict[str, Any]], int]:
     """Curve of one run, and the number of its training rows that were left out."""
     rows: list[dict[str, Any]] = []
-    for point in run.curve("pool"):
+    curves = _curves(run)
+    for point in curves["pool"]:
         rows.append(_curve_row(run, "pool", point) | {"pool_size": config.pool.size})
         for size, loss in sorted(point.get("pools", {}).items(), key=lambda kv: int(kv[0])):
             shared = {name: point.get(name) for name in ("step", "tokens", "items", "users")}
@@ -396,7 +434,7 @@ def _curve_rows(run: RunDir, config: RunConfig) -> tuple[list[dict[str, Any]], i
             rows.append(
                 _curve_row(run, "pool", shared) | {"pool_size": int(size), "loss": float(loss)}
             )
-    train = run.curve("train")
+    train = curves["train"]
     stride = -(-len(train) // TRAIN_POINTS) if train else 1
     kept = train[::-1][::stride][::-1]  # the last step is always among them
     rows.extend(_curve_row(run, "train", point) for point in kept)

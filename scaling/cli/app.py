@@ -1,6 +1,7 @@
 """The application, the options that verbs share, and the runs of a sweep as verbs see them."""
 
 import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +29,10 @@ VERBS = (
     "fit", "figures", "doctor", "corpus", "demo",
 )  # fmt: skip
 """In the order of the work."""
+
+
+PRIVATE = ("submit", "sync", "cancel", "train")
+"""Verbs whose files nobody else may read or write: jobs run what lies there."""
 
 
 class Verbs(TyperGroup):
@@ -95,12 +100,15 @@ def main() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _version(
+def _begin(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
         typer.echo(f"clue-scaling {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand in PRIVATE:
+        os.umask(0o077)
 
 
 def planned_runs(

@@ -25,6 +25,9 @@ def logs(
     ] = None,
     rank: Annotated[int, typer.Option(min=0, help="Rank.")] = 0,
     lines: Annotated[int, typer.Option(min=1, help="Last lines of each file.")] = 50,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on with what it prints, until it ends.")
+    ] = False,
 ) -> None:
     """Print what a run's job printed.
 
@@ -33,9 +36,15 @@ def logs(
         clue-scaling logs <RUN> --lines 20
     """
     from scaling.rundir import RunDir
+    from scaling.slurm.logs import follow as lines_of
     from scaling.slurm.logs import log_files, tail
 
-    for path in log_files(RunDir.find(root, run), attempt=attempt, rank=rank):
+    chosen = RunDir.find(root, run)
+    if follow:
+        for line in lines_of(chosen, attempt=attempt, rank=rank):
+            typer.echo(line)
+        return
+    for path in log_files(chosen, attempt=attempt, rank=rank):
         typer.echo(f"==> {path} <==")
         typer.echo(tail(path, lines))
 

@@ -119,7 +119,7 @@ def submit(
     ] = False,
     budget: Annotated[
         float | None,
-        typer.Option(help="GPU-hours that the sweep may take in all, retries included."),
+        typer.Option(min=1e-6, help="GPU-hours it may take in all, retries included."),
     ] = None,
     code: Annotated[
         Code | None,

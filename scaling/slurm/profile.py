@@ -117,13 +117,17 @@ class ClusterProfile(Frozen):
                     f"gpus_per_node = {gpus} with executor = 'local': runs at once would share the "
                     "same GPUs; set max_parallel = 1"
                 )
-        for s in (self.shape, *(self._override(r) for r in self.larger)):
+        for s in self.shapes():
             if self.executor == "slurm" and s.time_min * 60 <= self.signal_lead_s:
                 raise ValueError(
                     f"time_min = {s.time_min} leaves nothing before the signal at "
                     f"signal_lead_s = {self.signal_lead_s}"
                 )
         return self
+
+    def shapes(self) -> tuple[Shape, ...]:
+        """Every shape that a run may get."""
+        return self.shape, *(self._override(r) for r in self.larger)
 
     def _override(self, rule: ShapeRule) -> Shape:
         changes = rule.model_dump(exclude={"batch_size_from", "d_model_from"}, exclude_none=True)

@@ -1,0 +1,195 @@
+"""Verbs on sweeps as people call them: costs, scripts, budgets, filters, what is asked first."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_cli import ROOT, call, refused, study, tree  # noqa: F401
+
+from scaling.data.prepare import read_card
+from scaling.rundir import RunDir
+from scaling.sweeps import Grid
+
+SCONTROL = """#!/bin/sh
+echo 'MaxArraySize            = 3'
+"""
+
+
+@pytest.fixture
+def cluster(study: Path, monkeypatch: pytest.MonkeyPatch) -> list:  # noqa: F811
+    """Words for a cluster whose controller answers and whose queue is empty."""
+    commands = study / "bin"
+    commands.mkdir()
+    for name, script in (
+        ("scontrol", SCONTROL),
+        ("squeue", "#!/bin/sh\n"),
+        ("srun", "#!/bin/sh\n"),
+    ):
+        (commands / name).write_text(script)
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    (study / "slurm.toml").write_text(
+        'name = "there"\npartition = "gpu"\nsetup = ["module load cuda"]\n'
+        "[shape]\ncpus_per_task = 4\n"
+    )
+    return ["--cluster", study / "slurm.toml", "--root", study]
+
+
+def planned(study: Path) -> list:  # noqa: F811
+    grid = Grid.read(study / "study.toml")
+    return grid.runs(read_card(grid.corpus, study))
+
+
+def test_a_plan_says_what_it_costs(study, cluster):  # noqa: F811
+    words = ["plan", study / "study.toml", *cluster]
+    rows = json.loads(call(*words, "--json").stdout)
+    assert {"gpu_hours", "wall_hours", "disk_gb", "basis"} <= set(rows[0])
+    assert {row["basis"] for row in rows} == {"model"}
+    hours = sum(row["gpu_hours"] for row in rows)
+    said = call(*words, "--parallel", 1).stdout
+    assert f"about {hours:.3g} GPU-hours" in said
+    assert "with 1 at once" in said
+    assert "(3 model)" in said
+    # a finished run corrects the model
+    config = planned(study)[0].config
+    run = RunDir.create(study, config, "tiny")
+    record = {"flops_exact": 1e12, "seconds": 50.0, "world_size": 1, "profile": "there"}
+    (run.path / "result.json").write_text(json.dumps(record))
+    rows = json.loads(call(*words, "--json").stdout)
+    assert {row["basis"] for row in rows} == {"measured"}
+    expected = rows[0]["flops_exact"] / 2e10 / 3600 + 60 / 3600
+    assert rows[0]["gpu_hours"] == pytest.approx(expected)
+
+
+def test_a_nominal_sweep_can_be_priced():
+    words = ["plan", ROOT / "sweeps/compute.toml", "--cluster", ROOT / "slurm/example_v100.toml"]
+    rows = json.loads(call(*words, "--json").stdout)
+    assert all(row["gpu_hours"] > 0 and row["run_key"] is None for row in rows)
+
+
+def test_a_dry_run_prints_every_script_and_changes_nothing(study, cluster):  # noqa: F811
+    before = tree(study)
+    result = call("submit", study / "study.toml", *cluster, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert tree(study) == before
+    (script,) = result.stdout.split("# ---- an array of 3 runs\n")[1:]
+    for line in ("#SBATCH --array=0-2%3", "#SBATCH --partition=gpu", "module load cuda"):
+        assert line in script.splitlines()
+    assert re.search(r"export PYTHONSAFEPATH=1 PYTHONPATH=\S+/code/[a-z2-7]{16}\.zip", script)
+    assert "about" in result.stdout
+    assert "would submit 3 of 3 runs" in result.stdout
+
+
+def test_a_budget_has_to_be_something(study, cluster):  # noqa: F811
+    before = tree(study)
+    for value in (0, -1, "nan", "much"):
+        assert call("submit", study / "study.toml", *cluster, "--budget", value).exit_code == 2
+    assert tree(study) == before
+
+
+def test_a_status_can_be_filtered(study):  # noqa: F811
+    words = ["status", study / "study.toml", "--root", study]
+    torn = RunDir.create(study, planned(study)[1].config, "tiny")
+    (torn.path / "spec.json").write_text("{")
+    rows = json.loads(call(*words, "--json", "--state", "failed").stdout)
+    assert [row["run_key"] for row in rows] == [torn.run_key]
+    assert json.loads(call(*words, "--json", "--cause", "damaged").stdout) == rows
+    assert json.loads(call(*words, "--json", "--state", "RUNNING").stdout) == []
+    said = call(*words, "--state", "FAILED").stdout
+    assert len([line for line in said.splitlines() if "FAILED" in line]) == 2  # its row, the tally
+    assert "3 runs: 2 PLANNED, 1 FAILED" in said
+    assert "no such state; valid: PLANNED, QUEUED" in refused(*words, "--state", "FINISHED")
+
+
+def on_a_terminal(answer: bytes, *words: object) -> tuple[int, str]:
+    """Exit status and output of a call on a terminal, to whose question somebody answers."""
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-m", "scaling.cli", *map(str, words)]
+    with subprocess.Popen(
+        command, stdin=terminal, stdout=terminal, stderr=terminal, cwd=ROOT
+    ) as process:
+        os.close(terminal)
+        said = b""
+        while True:
+            try:
+                said += os.read(master, 4096)
+            except OSError:
+                break
+            if said.endswith(b"[y/N]: "):
+                os.write(master, answer + b"\n")
+                said += b"|"
+        os.close(master)
+    return process.returncode, said.decode()
+
+
+@pytest.mark.slow
+def test_people_are_asked_before_anything_is_submitted_or_cancelled(study):  # noqa: F811
+    local = ["--cluster", study / "local.toml", "--root", study]
+    before = tree(study)
+    status, said = on_a_terminal(b"n", "submit", study / "study.toml", *local)
+    assert status != 0
+    assert "about" in said
+    assert "submit 3 runs? [y/N]" in said
+    assert tree(study) == before
+    run = RunDir.create(study, planned(study)[0].config, "tiny")
+    run.record(1, "intent", {"token": "none", "index": 0, "executor": "none", "step": 0, "time": 0})
+    status, said = on_a_terminal(b"n", "cancel", study / "study.toml", "--root", study)
+    assert status != 0
+    assert "cancel 1 runs that are not done? [y/N]" in said
+    assert run.attempts()[0].cancel is None
+    status, said = on_a_terminal(b"y", "cancel", study / "study.toml", "--root", study)
+    assert "cancelled 1 of 1 runs" in said
+    assert run.attempts()[0].cancel is not None
+
+
+def test_one_run_is_cancelled_alone(study):  # noqa: F811
+    runs = [RunDir.create(study, p.config, "tiny") for p in planned(study)]
+    for run in runs:
+        intent = {"token": "none", "index": 0, "executor": "none", "step": 0, "time": 0}
+        run.record(1, "intent", intent)
+    words = ["cancel", study / "study.toml", "--root", study, "--run"]
+    assert "cancelled 1 of 1 runs" in call(*words, runs[1].run_key[:8]).stdout
+    assert [r.attempts()[0].cancel is not None for r in runs] == [False, True, False]
+    assert "no run has a key starting with 'zzzz'" in refused(*words, "zzzz")
+
+
+@pytest.mark.slow
+def test_logs_are_followed_to_the_end(study):  # noqa: F811
+    text = (study / "study.toml").read_text().replace("steps = 20", "steps = 60")
+    (study / "study.toml").write_text(text)
+    local = ["--cluster", study / "local.toml", "--root", study]
+    result = call("submit", study / "study.toml", *local)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(call("status", study / "study.toml", "--root", study, "--json").stdout)
+    key = next(r["run_key"] for r in rows if r["attempts"])
+    run = RunDir(study, key)
+    command = [sys.executable, "-m", "scaling.cli", "logs", key, "--root", str(study), "--follow"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        said, _ = process.communicate(timeout=180)
+    assert process.returncode == 0
+    assert run.attempts()[0].end is not None
+    printed = (study / "sweeps").glob("*/chunks/*/*_log.*")
+    lines = [line for path in printed for line in path.read_text().splitlines()]
+    assert lines
+    assert said.splitlines() == lines or set(said.splitlines()) == set(lines)
+    call("cancel", study / "study.toml", "--root", study)
+
+
+@pytest.mark.slow
+def test_what_jobs_run_is_private(study):  # noqa: F811
+    local = ["--cluster", str(study / "local.toml"), "--root", str(study)]
+    command = [sys.executable, "-m", "scaling.cli", "submit", str(study / "study.toml"), *local]
+    subprocess.run([*command, "--watch"], check=True, cwd=ROOT, capture_output=True)
+    for folder in ("runs", "sweeps", "code", "environments"):
+        for path in (study / folder, *(study / folder).rglob("*")):
+            assert path.stat().st_mode & 0o077 == 0, path
+    starts = RunDir(study, planned(study)[0].row["run_key"]).starts()
+    assert set(starts[0]["job"]) >= {"environment", "gpus", "variables", "profile"}
+    rows = json.loads(call("status", study / "study.toml", "--root", study, "--json").stdout)
+    assert all(row["gpu_hours"] > 0 for row in rows)
+    assert all(row["estimate_gpu_hours"] > 0 for row in rows)
