@@ -4,6 +4,7 @@
     slurm/devcluster/start               # start again; jobs and accounting of before are kept
     slurm/devcluster/status              # exit status 0 if it is up, 1 if not
     slurm/devcluster/stop
+    slurm/devcluster/stop --only slurmctld     # one daemon, as if it had failed; start --only ...
 
 Everything it keeps lies in one folder (``--dir``, default ``<repository>/work/devcluster``), which
 may be deleted once the cluster is stopped. Nodes ``gpu1`` and ``gpu2`` are two slurmd on this host
@@ -47,6 +48,8 @@ PORTS = {"slurmctld": 26817, "slurmdbd": 26819, "gpu1": 26821, "gpu2": 26822}
 ORDER = ("slurmd-gpu1", "slurmd-gpu2", "slurmctld", "slurmdbd", "mariadbd", "munged")
 """Pid files, in the order in which their daemons are stopped."""
 STATE = "cluster.json"
+ALONE = ("slurmctld", "slurmdbd", "slurmd-gpu1", "slurmd-gpu2")
+"""What ``--only`` may name: a cluster lives on without one of them."""
 
 
 class Refused(Exception):
@@ -294,23 +297,11 @@ def start(home: Path, do_install: bool) -> None:
     env = {**os.environ, "SLURM_CONF": str(conf)}
     _start_munge(home)
     _start_database(home)
-    # slurmdbd finds the database's private socket through libmariadb's environment variable.
-    run(
-        "slurmdbd",
-        env={**env, "SLURM_CONF": str(conf), "MYSQL_UNIX_PORT": str(home / "run" / "mysql.sock")},
-    )
-    log = home / "log" / "slurmdbd.log"
-    wait_for("slurmdbd", lambda: answers("sacctmgr", "-n", "list", "cluster", env=env), log)
+    _start_daemon(home, "slurmdbd")
     if not answers_with("cluedev", "sacctmgr", "-nP", "list", "cluster", "format=cluster", env=env):
         run("sacctmgr", "-i", "add", "cluster", "cluedev", env=env)
-    run("slurmctld", "-f", str(conf), env=env)
-    wait_for(
-        "slurmctld",
-        lambda: answers_with("UP", "scontrol", "ping", env=env),
-        home / "log" / "slurmctld.log",
-    )
-    for node in ("gpu1", "gpu2"):
-        run("slurmd", "-f", str(conf), "-N", node, env=env)
+    for name in ("slurmctld", "slurmd-gpu1", "slurmd-gpu2"):
+        _start_daemon(home, name)
     wait_for(
         "the two nodes",
         lambda: (
@@ -321,6 +312,39 @@ def start(home: Path, do_install: bool) -> None:
     )
     (home / STATE).write_text(json.dumps({"slurm_conf": str(conf), "partition": "main"}) + "\n")
     print(f"two nodes up; to use them:\n  export SLURM_CONF={conf}\n  sinfo", flush=True)
+
+
+def _start_daemon(home: Path, name: str) -> None:
+    """Start one of ``ALONE`` as configured, and wait until it answers."""
+    conf = home / "etc" / "slurm.conf"
+    env = {**os.environ, "SLURM_CONF": str(conf)}
+    if name == "slurmdbd":
+        # It finds the database's private socket through libmariadb's environment variable.
+        run("slurmdbd", env={**env, "MYSQL_UNIX_PORT": str(home / "run" / "mysql.sock")})
+        log = home / "log" / "slurmdbd.log"
+        wait_for("slurmdbd", lambda: answers("sacctmgr", "-n", "list", "cluster", env=env), log)
+    elif name == "slurmctld":
+        run("slurmctld", "-f", str(conf), env=env)
+        wait_for(
+            "slurmctld",
+            lambda: answers_with("UP", "scontrol", "ping", env=env),
+            home / "log" / "slurmctld.log",
+        )
+    else:
+        run("slurmd", "-f", str(conf), "-N", name.partition("-")[2], env=env)
+
+
+def only(home: Path, action: str, name: str) -> None:
+    """Start or stop one daemon of a cluster that was started; jobs go on as Slurm has it."""
+    if not (home / STATE).exists():
+        raise Refused("not up; --only starts and stops single daemons of a running devcluster")
+    running = processes(home)
+    if action == "start" and name not in running:
+        os.environ["PATH"] += ":/usr/sbin:/usr/local/sbin"
+        _start_daemon(home, name)
+    elif action == "stop" and name in running:
+        _end(running[name])
+        (home / "run" / f"{name}.pid").unlink(missing_ok=True)
 
 
 def answers_with(text: str, *command: str, env: dict[str, str]) -> bool:
@@ -427,10 +451,13 @@ def main() -> int:
     parser.add_argument(
         "--install", action="store_true", help="install Debian's packages if they are missing"
     )
+    parser.add_argument("--only", choices=ALONE, help="start or stop only this daemon")
     args = parser.parse_args()
     home = args.dir.resolve()
     try:
-        if args.action == "start":
+        if args.only and args.action != "status":
+            only(home, args.action, args.only)
+        elif args.action == "start":
             start(home, args.install)
         elif args.action == "status":
             up = is_up(home)
