@@ -5,7 +5,6 @@ the snapshot then says that nobody answered, and why.
 """
 
 import getpass
-import re
 import socket
 import subprocess
 import time
@@ -14,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from scaling.rundir import Attempt
-from scaling.slurm.state import Job, Phase, Snapshot, meaning
+from scaling.slurm.state import NODE, Job, Phase, Snapshot, meaning
 
 TIMEOUT_S = 30.0
 """Longest wait for one Slurm command. [seconds]"""
-NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _TIME = "%Y-%m-%dT%H:%M:%S"
 
 

@@ -5,6 +5,7 @@ does not answer or says a word we do not know, the verdict keeps what the record
 ``stale``, and nothing is submitted.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -108,6 +109,8 @@ NEVER_ACCEPTED = ("limit", "rejected", "unreachable", "withdrawn")
 UNEXPLAINED = ("crashed", "launch", "no_result")
 """Causes of which the job's log may know better (``scaling.slurm.logs.explain``)."""
 
+NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+"""A node's name, which reaches ``sbatch --exclude``: others are not believed."""
 BAD_NODE = ("node_fail", "launch")
 """Causes that speak against the nodes of an attempt."""
 BAD_NODE_AFTER = 2
@@ -224,8 +227,8 @@ def bad_nodes(attempts: Iterable[Attempt]) -> list[str]:
         if attempt.end is None or attempt.end["class"] not in BAD_NODE:
             continue
         nodes = attempt.end.get("nodes") or (attempt.claim or {}).get("nodes") or []
-        for node in nodes:
-            blame[str(node)] += Fraction(1, len(nodes))
+        for node in filter(NODE.fullmatch, map(str, nodes)):
+            blame[node] += Fraction(1, len(nodes))
     return sorted(node for node, count in blame.items() if count >= BAD_NODE_AFTER)
 
 

@@ -6,7 +6,17 @@ from hypothesis import strategies as st
 
 from scaling.rundir import Attempt
 from scaling.slurm.scheduler import _parse_sacct, _parse_squeue
-from scaling.slurm.state import WORDS, Facts, Job, Rules, Snapshot, State, derive, fruitless
+from scaling.slurm.state import (
+    WORDS,
+    Facts,
+    Job,
+    Rules,
+    Snapshot,
+    State,
+    bad_nodes,
+    derive,
+    fruitless,
+)
 
 NOW = 10_000.0
 RULES = Rules(quarantine_s=600, settle_s=30)
@@ -227,3 +237,23 @@ def test_parsers():
         "12_[4-7%2]|PENDING|Unknown|None assigned|s\n12_3|CANCELLED by 5|Unknown|gpu1|s\n"
     )
     assert list(jobs) == [("s", 3)]
+
+
+def failed(cause="node_fail", nodes=("gpu1",), claimed=("gpu1",)):
+    end = {"class": cause} | ({"nodes": list(nodes)} if nodes else {})
+    return Attempt(1, {}, None, {"nodes": list(claimed)} if claimed else None, None, end)
+
+
+def test_a_node_is_bad_after_two_failures_that_only_a_node_explains():
+    assert bad_nodes([failed()]) == []
+    assert bad_nodes([failed(), failed("launch")]) == ["gpu1"]
+    assert bad_nodes([failed("error")] * 9 + [failed("comm"), failed("gpu_oom")]) == []
+    assert bad_nodes([failed(nodes=())] * 2) == ["gpu1"]  # where its job had claimed
+    assert bad_nodes([failed(nodes=(), claimed=())] * 9) == []
+    # one of two nodes is to blame, nobody knows which: both count by half
+    wide = failed(nodes=("gpu1", "gpu2"))
+    assert bad_nodes([wide] * 3) == []
+    assert bad_nodes([wide, wide, failed()]) == ["gpu1"]
+    assert bad_nodes([Attempt(1, {}, None, None, None, None)]) == []
+    for name in ("-x", "a,b", "a b", "$(x)", "gpu[1-2]", "", "a\nb"):
+        assert bad_nodes([failed(nodes=(name,))] * 5) == []
