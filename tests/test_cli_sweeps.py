@@ -193,3 +193,20 @@ def test_what_jobs_run_is_private(study):  # noqa: F811
     rows = json.loads(call("status", study / "study.toml", "--root", study, "--json").stdout)
     assert all(row["gpu_hours"] > 0 for row in rows)
     assert all(row["estimate_gpu_hours"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_budget_that_pays_for_no_run_ends_a_watch_and_a_larger_one_goes_on(study):  # noqa: F811
+    words = ["submit", study / "study.toml", "--cluster", study / "local.toml", "--root", study]
+    rows = json.loads(call(*words, "--dry-run", "--json").stdout)
+    assert [row["action"] for row in rows] == ["submit"] * 3
+    result = call(*words, "--budget", 0.02, "--watch")  # each run reserves a minute and a half
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == "3 runs: 3 PLANNED"
+    assert "waiting: the budget of 0.02 GPU-hours is reserved" in result.stderr
+    again = json.loads(call(*words, "--json").stdout)
+    assert [row["action"] for row in again] == [None] * 3
+    assert {row["waiting"] for row in again} == {"the budget of 0.02 GPU-hours is reserved"}
+    rows = json.loads(call(*words, "--budget", 1, "--watch", "--json").stdout)
+    assert [row["state"] for row in rows] == ["DONE"] * 3
+    assert sum(row["gpu_hours"] for row in rows) < 1

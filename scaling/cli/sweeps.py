@@ -130,6 +130,7 @@ def submit(
     ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Then sync until all is over.")] = False,
     yes: Yes = False,
+    as_json: Json = False,
 ) -> None:
     """Submit what is missing of a sweep, and nothing else.
 
@@ -155,14 +156,16 @@ def submit(
     )
     asked = {row["run_key"] for row in seen.rows if row["action"]}
     costs = _costs([p for p in planned if p.row["run_key"] in asked], profile, root)
-    if dry_run:
+    if dry_run and as_json:
+        print_json([row for row in seen.rows if row["action"]])
+    elif dry_run:
         for size, script in seen.arrays:
             typer.echo(f"# ---- an array of {size} runs\n{script}\n")
         rows = [row for row in seen.rows if row["action"]]
         print_table(rows, ["run_key", "state", "attempts", "step", "steps"])
         typer.echo(f"would submit {len(rows)} of {len(planned)} runs")
     if costs:
-        typer.echo(_bill(costs, profile, profile.max_parallel), err=not dry_run)
+        typer.echo(_bill(costs, profile, profile.max_parallel), err=as_json or not dry_run)
         if budget or read_budget(root, identity):
             typer.echo(f"budget: {budget or read_budget(root, identity):g} GPU-hours", err=True)
     if dry_run:
@@ -177,11 +180,15 @@ def submit(
         root, runs, profile, sweep=identity,
         retry_failed=retry_failed, code=code, allow_drift=allow_drift,
     )  # fmt: skip
-    typer.echo(_tally(rows))
+    if not as_json:
+        typer.echo(_tally(rows))
+    if watch:
+        report = None if as_json else _tell_changes()
+        rows = driver.sync(root, runs, profile, sweep=identity, watch=True, report=report)
     _tell_stale(rows)
     _tell_held(rows)
-    if watch:
-        driver.sync(root, runs, profile, sweep=identity, watch=True, report=_tell_changes())
+    if as_json:
+        print_json(rows)
 
 
 @app.command()
@@ -190,6 +197,7 @@ def sync(
     cluster: Cluster,
     root: Root = WORK,
     watch: Annotated[bool, typer.Option("--watch", help="Until all runs are over.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Go on with a sweep: retries, and the runs still waiting.
 
@@ -211,8 +219,10 @@ def sync(
         ClusterProfile.read(cluster),
         sweep=identity,
         watch=watch,
-        report=_tell_changes(),
+        report=None if as_json else _tell_changes(),
     )
+    if as_json:
+        print_json(rows)
     _tell_held(rows)
     if _tell_stale(rows):
         raise typer.Exit(3)
@@ -384,7 +394,7 @@ def _print_status(shown: Rows, rows: Rows, clear: bool) -> None:
 
 def _tell_held(rows: Rows) -> None:
     """Say why runs that could start do not: a full disk, a budget."""
-    for why in sorted({r["evidence"] for r in rows if r["state"] == "PLANNED" and r["evidence"]}):
+    for why in sorted({row["waiting"] for row in rows if row["waiting"]}):
         typer.echo(f"waiting: {why}", err=True)
 
 

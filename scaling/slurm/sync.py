@@ -73,7 +73,8 @@ def submit(
         allow_drift: go on with other versions of the packages that matter.
 
     Returns:
-        Status rows, with ``action``: ``submit`` or None.
+        Status rows, with ``action``, ``submit`` or None, and ``waiting``: why a run that could
+        start does not, or None.
 
     Raises:
         ConfigError: a run does not fit the profile.
@@ -250,9 +251,11 @@ def _rows(derived: Survey, started: Mapping[str, Submitted], held: str) -> list[
             verdict = Verdict(State.QUEUED, new.attempt, new.job_id)
         row = status_row(run, facts, verdict)
         row["action"] = None if new is None else "submit"
-        if held and verdict.start and new is None:
-            row["evidence"] = held
+        row["waiting"] = held if held and verdict.start and new is None else None
         rows.append(row)
+    if not any(row["state"] in (State.QUEUED, State.RUNNING) for row in rows):
+        for row in rows:  # what is held back for a person does not go on by itself
+            row["over"] = row["over"] or row["waiting"] is not None
     return rows
 
 
