@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from scaling.rundir import Attempt, RunDir
-from scaling.slurm.scheduler import command
+from scaling.slurm.scheduler import command, look
 from scaling.slurm.state import DEFAULT_RULES, Phase, State, meaning
 from scaling.slurm.status import survey
 from scaling.slurm.submission import SubmissionError
@@ -30,31 +30,30 @@ def cancel(runs: Sequence[RunDir]) -> list[str]:
         SubmissionError: the records are written, but the scheduler could not be told of every job;
             call again.
     """
-    snapshot, derived = survey(runs, DEFAULT_RULES)
-    cancelled, late, jobs = [], 0, defaultdict(list)
-    for run, facts, verdict in derived:
-        if verdict.state in (State.DONE, State.DIVERGED) or verdict.cause == "damaged":
-            continue
+    _, derived = survey(runs, DEFAULT_RULES)
+    cancelled, marked = [], []
+    for run, _, verdict in derived:
         if not verdict.over and _mark(run):
             cancelled.append(run.run_key)
-            newest = run.attempts()[-1]
-            late += newest.number > verdict.attempt and newest.intent["executor"] != "none"
-        if verdict.job_state is None:
+        if not verdict.over or verdict.state is State.CANCELLED:
+            marked += run.attempts()
+    # Jobs are looked for after the marks: one that starts from now on sees its mark and leaves.
+    snapshot = look(marked, history=False)
+    elements = defaultdict(list)
+    for attempt in marked:
+        token = str(attempt.intent["token"])
+        job = snapshot.jobs.get((token, int(attempt.intent["index"])))
+        word = None if job is None else meaning(job.word)
+        if job is None or (word is not None and word.phase is Phase.ENDED):
             continue
-        word = meaning(verdict.job_state)
-        if word is None or word.phase is not Phase.ENDED:
-            seen = facts.attempts[-1]
-            jobs[str(seen.intent["executor"]), str(seen.intent["token"])].append(seen)
+        if attempt.intent["executor"] == "local":
+            _terminate(attempt)
+        else:
+            elements[token].append(job.job_id)
     problem = "" if snapshot.answered else snapshot.note
-    if late:
-        problem = f"{late} of them got another attempt meanwhile"
-    for (executor, token), attempts in jobs.items():
-        if executor == "local":
-            _terminate(attempts[0])
-            continue
-        elements = [snapshot.jobs[token, int(a.intent["index"])].job_id for a in attempts]
+    for token, job_ids in elements.items():
         # The name guards against an id that Slurm has given to somebody else since.
-        ok, output = command("scancel", f"--name={token}", *elements)
+        ok, output = command("scancel", f"--name={token}", *job_ids)
         if not ok:
             problem = output
     if problem:

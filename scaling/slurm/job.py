@@ -30,7 +30,8 @@ from scaling.slurm.code import PACKAGE, running_from, verify
 from scaling.slurm.environment import capture, drift
 from scaling.slurm.failures import classify
 from scaling.slurm.profile import check_owner
-from scaling.slurm.scheduler import command, is_alive, process_identity
+from scaling.slurm.scheduler import command, may_write, process_identity
+from scaling.slurm.state import is_cancelled
 
 TRAIN = "scaling.train.loop:train"
 """What a job runs, by name: nothing here imports torch."""
@@ -213,7 +214,7 @@ def claim(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
     while True:
         if reason := _must_not_run(run, number, job):
             return reason
-        if not any(is_alive(a) is not False for a in unended(run.attempts(), number)):
+        if may_write(predecessors(run.attempts(), number)) is False:
             break
         print("waiting for the job of an older attempt to end", file=sys.stderr, flush=True)
         time.sleep(POLL_S)
@@ -251,7 +252,7 @@ def refusal(
     newest = attempts[-1]
     if newest.number != number:
         return f"attempt {newest.number} is newer than attempt {number}"
-    if newest.cancel is not None:
+    if is_cancelled(attempts):
         return f"attempt {number} was cancelled"
     if newest.end is not None:
         return f"attempt {number} has ended: {newest.end['class']}"
@@ -261,9 +262,17 @@ def refusal(
     return None
 
 
-def unended(attempts: Sequence[Attempt], number: int) -> list[Attempt]:
-    """Older attempts whose job may still write: claimed, and without a record of its end. Pure."""
-    return [a for a in attempts if a.number < number and a.claim and not a.end]
+def predecessors(attempts: Sequence[Attempt], number: int) -> list[Attempt]:
+    """Older attempts whose job may still write. Pure.
+
+    Every claimed one may: that an end of it is recorded says what somebody saw who looked before
+    the job started, or started again. Only a process on one host cannot start again.
+    """
+    return [
+        a
+        for a in attempts
+        if a.number < number and a.claim and (a.intent["executor"] != "local" or not a.end)
+    ]
 
 
 def _must_not_run(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
@@ -366,7 +375,7 @@ def _stopped(run: RunDir, attempt: Attempt, job: dict[str, Any], stop: StopFlag)
             f"warning: stopping took {took:.0f} s of the {lead:.0f} s before the wall time's end "
             "(signal_lead_s, of which Slurm may take a minute); raise it"
         )
-    if run.attempts()[-1].cancel is not None:
+    if is_cancelled(run.attempts()):
         _record_end(run, number, job, "cancelled", stop.by)
         return
     if stop.by == BUDGET:

@@ -8,12 +8,12 @@ import getpass
 import socket
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from scaling.rundir import Attempt
-from scaling.slurm.state import NODE, Job, Phase, Snapshot, meaning
+from scaling.slurm.state import NODE, Job, Phase, Snapshot, Word, meaning
 
 TIMEOUT_S = 30.0
 """Longest wait for one Slurm command. [seconds]"""
@@ -42,8 +42,13 @@ def command(*words: str, timeout_s: float = TIMEOUT_S) -> tuple[bool, str]:
     return True, done.stdout
 
 
-def look(attempts: Iterable[Attempt]) -> Snapshot:
-    """What the scheduler says of these attempts' jobs: at most one squeue and one sacct."""
+def look(attempts: Iterable[Attempt], *, history: bool = True) -> Snapshot:
+    """What the scheduler says of these attempts' jobs: at most one squeue and one sacct.
+
+    Args:
+        history: ask sacct for jobs that the queue has forgotten. A job that may run is in the
+            queue.
+    """
     slurm, jobs = [], {}
     for attempt in attempts:
         key = (str(attempt.intent["token"]), int(attempt.intent["index"]))
@@ -64,7 +69,7 @@ def look(attempts: Iterable[Attempt]) -> Snapshot:
     if queue is None:
         return Snapshot(jobs, False, output if not ok else "squeue printed what is not a job list")
     jobs.update(queue)
-    unseen = [a for key, a in slurm if key not in jobs]
+    unseen = [a for key, a in slurm if key not in jobs] if history else []
     if not unseen:
         return Snapshot(jobs)
     oldest = min(float(a.intent["time"]) for a in unseen) - 86_400
@@ -182,14 +187,17 @@ def _local_job(attempt: Attempt) -> Job | None:
     return Job(job_id, "RUNNING") if alive and record["started"] is not None else None
 
 
-def is_alive(attempt: Attempt) -> bool | None:
-    """Whether the job of a claimed attempt may write now; None if nobody can tell.
+def may_write(attempts: Sequence[Attempt]) -> bool | None:
+    """Whether the job of any of these claimed attempts may write now; None if nobody can tell.
 
     One that waits in the queue may not: when it starts again it will see that it is superseded.
     """
-    snapshot = look([attempt])
-    job = snapshot.jobs.get((str(attempt.intent["token"]), int(attempt.intent["index"])))
-    if job is None:
-        return False if snapshot.answered else None
-    word = meaning(job.word)
-    return None if word is None else word.phase is Phase.RUNNING
+    snapshot = look(attempts, history=False)
+    for attempt in attempts:
+        job = snapshot.jobs.get((str(attempt.intent["token"]), int(attempt.intent["index"])))
+        word = Word(Phase.ENDED) if job is None else meaning(job.word)
+        if word is None:
+            return None
+        if word.phase is Phase.RUNNING:
+            return True
+    return False if snapshot.answered else None

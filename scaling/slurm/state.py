@@ -7,7 +7,7 @@ does not answer or says a word we do not know, the verdict keeps what the record
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fractions import Fraction
@@ -220,6 +220,18 @@ def fruitless(facts: Facts) -> int:
     return count
 
 
+def is_cancelled(attempts: Sequence[Attempt]) -> bool:
+    """Whether a person ended the run, and nobody asked for it again since. Pure.
+
+    An attempt made while somebody cancelled the one before it is cancelled with it.
+    """
+    cancelled = False
+    for attempt in attempts:
+        inherited = cancelled and not attempt.intent.get("again")
+        cancelled = attempt.cancel is not None or inherited
+    return cancelled
+
+
 def bad_nodes(attempts: Iterable[Attempt]) -> list[str]:
     """Nodes on which attempts of any runs failed as only a bad node fails, sorted. Pure."""
     blame: defaultdict[str, Fraction] = defaultdict(Fraction)
@@ -257,8 +269,9 @@ def derive(facts: Facts, snapshot: Snapshot, now: float, rules: Rules = DEFAULT_
     }
     if facts.status:
         return Verdict(State(facts.status.upper()), **known)
-    if newest.cancel is not None:
-        return Verdict(State.CANCELLED, evidence=str(newest.cancel.get("by", "")), **known)
+    if is_cancelled(facts.attempts):
+        by = next((a.cancel.get("by", "") for a in reversed(facts.attempts) if a.cancel), "")
+        return Verdict(State.CANCELLED, evidence=str(by), **known)
     if newest.end is not None:
         return _ended(facts, str(newest.end["class"]), str(newest.end.get("evidence", "")), known)
     return _of_job(facts, newest, job, snapshot, now, rules, known)

@@ -21,6 +21,7 @@ from scaling.slurm.state import (
     State,
     Verdict,
     derive,
+    is_cancelled,
 )
 
 Row = dict[str, Any]
@@ -54,7 +55,13 @@ def survey(runs: Iterable[RunDir], rules: Rules) -> tuple[Snapshot, Survey]:
     derived = []
     for run, first in before:
         facts = read_facts(run) if first.run_key in open_runs else first
-        verdict = derive(facts, snapshot, begun, rules)
+        newer = facts.attempts[len(first.attempts) :]
+        if newer and newer[-1].end is None and not is_cancelled(facts.attempts):
+            # Somebody has made it since; nobody was asked about it.
+            state = State.RUNNING if newer[-1].claim else State.QUEUED
+            verdict = Verdict(state, newer[-1].number, stale="submitted meanwhile")
+        else:
+            verdict = derive(facts, snapshot, begun, rules)
         if verdict.cause in UNEXPLAINED and facts.attempts[-1].end is None:
             facts = replace(facts, explained=explanation(run, facts.attempts[-1]))
             verdict = derive(facts, snapshot, begun, rules)

@@ -56,6 +56,8 @@ class Candidate:
     """What the rest of the run is estimated to take. [GPU-hours]"""
     allowance: float | None = None
     """What the attempt may take at most; None without a budget. [GPU-hours]"""
+    again: bool = False
+    """A person asked for it after it was cancelled."""
     allow_drift: bool = False
     """It may go on with other packages than it began with."""
 
@@ -273,6 +275,7 @@ def _intend(
             "signal_lead_s": profile.signal_lead_s,
             "train": profile.train.model_dump(mode="json"),
             "code": c.code,
+            "again": c.again,
             "allow_drift": c.allow_drift,
             "estimate_gpu_hours": c.estimate,
             "allowance_gpu_hours": c.allowance,
@@ -286,8 +289,6 @@ def _intend(
             },
         }
         if c.run.record(number, "intent", intent):  # otherwise another process was faster
-            if _cancelled_meanwhile(c):
-                c.run.record(number, "cancel", {"by": "cancel of the attempt before"})
             won.append((c, number))
     return won
 
@@ -402,14 +403,6 @@ def _close(candidate: Candidate) -> None:
     if verdict.job_state is not None and verdict.cause == "launch":
         # Slurm may still hold it, until somebody releases it.
         command("scancel", f"--name={attempts[-1].intent['token']}", str(verdict.job_id))
-
-
-def _cancelled_meanwhile(candidate: Candidate) -> bool:
-    """A cancel that raced with us hit the attempt before; a cancel looks for ours in turn."""
-    if not candidate.facts.attempts or candidate.facts.attempts[-1].cancel is not None:
-        return False
-    number = candidate.facts.attempts[-1].number
-    return (candidate.run.path / "attempts" / f"{number:04d}" / "cancel.json").exists()
 
 
 def _end(run: RunDir, number: int, cause: str, evidence: str, **more: Any) -> None:

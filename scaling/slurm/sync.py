@@ -19,7 +19,7 @@ from scaling.rundir import Attempt, RunDir
 from scaling.slurm.budget import Prices, committed_hours, excess, grant, read_budget
 from scaling.slurm.code import archive, digest_of_package
 from scaling.slurm.profile import ClusterProfile, safe_root
-from scaling.slurm.state import Rules, State, Verdict, bad_nodes
+from scaling.slurm.state import Rules, State, Verdict, bad_nodes, is_cancelled
 from scaling.slurm.status import Row, Survey, status, status_row, survey
 from scaling.slurm.submission import (
     Candidate,
@@ -285,7 +285,15 @@ def _candidates(
         if code != now and orders.retry_failed and orders.code is None:
             changed.append(run.run_key)
         candidates.append(
-            Candidate(run, configs[run], facts, verdict, code, allow_drift=orders.allow_drift)
+            Candidate(
+                run,
+                configs[run],
+                facts,
+                verdict,
+                code,
+                again=orders.retry_failed and is_cancelled(facts.attempts),
+                allow_drift=orders.allow_drift,
+            )
         )
     if changed:
         raise ClueError(
