@@ -8,7 +8,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from submitit.helpers import DelayedSubmission
 
 from scaling import ClueError
 from scaling.rundir import chunk_folder
+from scaling.slurm import scheduler
 from scaling.slurm.code import archive_path
 from scaling.slurm.job import run_job
 from scaling.slurm.profile import ClusterProfile, Shape
@@ -56,7 +57,8 @@ def start_array(
     arguments.dump(folder / "arguments.pkl")
     executor = _executor(root, sweep, token, indices, shape, profile, code, parallel, exclude)
     try:
-        job = executor.submit(run_job, str(root), sweep, token)
+        with _environment(scheduler.environment()):
+            job = executor.submit(run_job, str(root), sweep, token)
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as e:
         raise Refused(str(e).strip()) from None
     return [f"{job.job_id}_{i}" for i in indices]
@@ -148,27 +150,33 @@ def start_process(root: Path, sweep: str, token: str, shape: Shape, code: str) -
         tasks_per_node=shape.tasks_per_node,
         gpus_per_node=shape.gpus_per_node,
     )
-    with _jobs_ignore_the_terminal(), _imports_from(archive_path(root, code)):
+    with _jobs_ignore_the_terminal(), _environment(_importing(archive_path(root, code))):
         job = executor.submit(run_job, str(root), sweep, token)
     _STARTED[:] = [j for j in (*_STARTED, job) if not j.done()]
     return str(job.job_id)
 
 
+def _importing(archive: Path) -> dict[str, str]:
+    """This environment, importing the package from an archive, as jobs of arrays do."""
+    path = os.environ.get("PYTHONPATH")
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{archive}{os.pathsep + path if path else ''}",
+        "PYTHONSAFEPATH": "1",
+    }
+
+
 @contextlib.contextmanager
-def _imports_from(archive: Path) -> Iterator[None]:
-    """Processes started meanwhile import the package from an archive, as jobs of arrays do."""
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Processes started meanwhile have this environment: submitit hands on its own."""
     before = dict(os.environ)
-    path = before.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = f"{archive}{os.pathsep + path if path else ''}"
-    os.environ["PYTHONSAFEPATH"] = "1"
+    os.environ.clear()
+    os.environ.update(variables)
     try:
         yield
     finally:
-        for name in ("PYTHONPATH", "PYTHONSAFEPATH"):
-            if name in before:
-                os.environ[name] = before[name]
-            else:
-                del os.environ[name]
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ the snapshot then says that nobody answered, and why.
 """
 
 import getpass
+import os
+import re
 import socket
 import subprocess
 import time
@@ -17,7 +19,22 @@ from scaling.slurm.state import NODE, Job, Phase, Snapshot, Word, meaning
 
 TIMEOUT_S = 30.0
 """Longest wait for one Slurm command. [seconds]"""
+OVERRIDES = re.compile(r"(SBATCH|SQUEUE|SACCT|SCANCEL|SINFO|SRUN|SLURM)_\w+")
+KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 _TIME = "%Y-%m-%dT%H:%M:%S"
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without what changes the meaning of Slurm's commands.
+
+    ``SQUEUE_PARTITION`` hides jobs, ``SBATCH_TIMELIMIT`` beats the job script, and what an
+    allocation sets for its own job steps would reach the jobs that are submitted from it.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in KEPT or not OVERRIDES.fullmatch(name)
+    }
 
 
 def command(*words: str, timeout_s: float = TIMEOUT_S) -> tuple[bool, str]:
@@ -28,7 +45,13 @@ def command(*words: str, timeout_s: float = TIMEOUT_S) -> tuple[bool, str]:
     """
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False
+            words,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+            env=environment(),
         )
     except FileNotFoundError:
         return False, f"{words[0]}: not found on this machine"

@@ -160,3 +160,17 @@ def test_gpus_are_named_as_the_driver_names_them(tmp_path, monkeypatch):
             "clocks.max.sm": "1530 MHz",
         }
     ]
+
+
+def test_variables_that_change_slurms_commands_do_not_reach_them(tmp_path, monkeypatch):
+    from scaling.slurm.scheduler import command
+
+    for name in ("SQUEUE_PARTITION", "SBATCH_TIMELIMIT", "SLURM_TIME_FORMAT", "SLURM_JOB_ID"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    ok, output = command("env")
+    assert ok
+    names = {line.partition("=")[0] for line in output.splitlines()}
+    assert {n for n in names if n.startswith(("SQUEUE", "SBATCH", "SLURM"))} == {"SLURM_CONF"}
+    assert "OMP_NUM_THREADS" in names
