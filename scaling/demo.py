@@ -116,7 +116,7 @@ def _train(
             over = sum(r["over"] for r in rows)
             show(steps, sum(r["steps"] for r in rows), f"steps, {over} of {len(rows)} runs")
 
-        report(submit(root, runs, profile, sweep=identity, retry_failed=True, code="new"))
+        report(submit(root, runs, profile, sweep=identity, retry_failed=True, new_code=True))
         rows = sync(root, runs, profile, sweep=identity, watch=True, report=report)
     failed = [r for r in rows if r["state"] not in ("DONE", "DIVERGED")]
     if failed:

@@ -162,6 +162,8 @@ TRANSFER_SCHEMA = _schema(
 )  # fmt: skip
 
 SCHEMAS = {"runs": RUNS_SCHEMA, "curves": CURVES_SCHEMA, "transfer": TRANSFER_SCHEMA}
+CURVES_COLUMNS = tuple(CURVES_SCHEMA.names)
+"""Held, for a schema makes its names anew for each of a million rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +224,7 @@ def collect(
         "curves": pa.concat_tables(curves).combine_chunks(),
         "transfer": pa.concat_tables(transfer).combine_chunks(),
     }
+    del curves, transfer  # of thousands of runs each copy is 100 MB
     states = Counter(row["state"] or "UNFINISHED" for row in runs)
     report = {
         "schema_version": TABLES_VERSION,
@@ -243,6 +246,7 @@ def collect(
         pq.write_table(table, buffer, compression="zstd")
         write_bytes(out / f"{name}.parquet", buffer.getvalue())
     write_json(out / "collect.json", report)
+    del tables, table, buffer
     return load(out)
 
 
@@ -379,7 +383,7 @@ def _curves(run: RunDir) -> dict[str, list[dict[str, Any]]]:
             if row["kind"] == "start":
                 for kind, rows in curves.items():
                     curves[kind] = [r for r in rows if r["step"] <= row["resumed_from"]]
-            elif row["kind"] in curves:
+            elif row["kind"] in ("pool", "train"):
                 curves[row["kind"]].append(row)
     return curves
 
@@ -443,7 +447,7 @@ def _curve_rows(run: RunDir, config: RunConfig) -> tuple[list[dict[str, Any]], i
 
 def _curve_row(run: RunDir, kind: str, point: Mapping[str, Any]) -> dict[str, Any]:
     speed = point.get("speed") or {}
-    row = {name: point.get(name, speed.get(name)) for name in CURVES_SCHEMA.names}
+    row = {name: point.get(name, speed.get(name)) for name in CURVES_COLUMNS}
     flops = point.get("flops_exact")
     row["pf_days_exact"] = None if flops is None else to_pf_days(flops)
     return row | {"run_key": run.run_key, "kind": kind, "pool_size": None}

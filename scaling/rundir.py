@@ -30,6 +30,8 @@ from scaling.config import RunConfig
 from scaling.files import RecordError, create_bytes, create_json, read_json, write_json
 
 RUN_KEY = re.compile(r"[a-z2-7]{16}")
+TAIL_BYTES = 1 << 16
+"""The last row of metrics lies within so much of a file's end. [bytes]"""
 RECORDS = ("intent", "submit", "claim", "cancel", "end")
 
 
@@ -115,7 +117,7 @@ class RunDir:
     def result(self) -> dict[str, Any] | None:
         """The final record, or None while the run is not over."""
         path = self.path / "result.json"
-        return dict(read_json(path)) if path.exists() else None
+        return _record(path) if path.exists() else None
 
     def write_result(self, generation: int, record: Mapping[str, Any]) -> None:
         """Declare the run over. Raises Superseded if a newer generation has started."""
@@ -134,7 +136,7 @@ class RunDir:
             records: dict[str, Any] = {}
             for name in RECORDS:
                 path = folder / f"{name}.json"
-                records[name] = read_json(path) if path.exists() else None
+                records[name] = _record(path) if path.exists() else None
             if records["intent"] is not None:
                 found.append(Attempt(int(folder.name), **records))
         return found
@@ -195,17 +197,22 @@ class RunDir:
         return found
 
     def gpu_hours(self, attempt: int | None = None) -> float:
-        """Hours of all ranks from the start of a generation to its last sign of life, summed over
-        generations, those whose work was lost too. [GPU-hours; on CPUs rank-hours]
+        """Hours of all ranks from the beginning of a job to its last row of metrics, summed over
+        starts, those whose work was lost too. [GPU-hours; on CPUs rank-hours]
+
+        Every time is a difference on one clock, that of rank 0's host.
 
         Args:
-            attempt: of this attempt's generations only.
+            attempt: of this attempt's starts only.
         """
         seconds = 0.0
-        for start in self.starts():
-            if "time" in start and attempt in (None, start.get("attempt")):
-                last = self.metrics_path(start["generation"]).stat().st_mtime
-                seconds += max(0.0, last - start["time"]) * start["world_size"]
+        for generation in self.generations():
+            first, last = _ends(self.metrics_path(generation))
+            if first is None or "seconds" not in first:
+                continue  # written before starts had times
+            if attempt in (None, first.get("attempt")):
+                trained = last.get("seconds", first["seconds"]) - first["seconds"]
+                seconds += (starting_seconds(first) + trained) * first["world_size"]
         return seconds / 3600
 
     def metrics_path(self, generation: int) -> Path:
@@ -247,6 +254,13 @@ class RunDir:
         return None
 
 
+def starting_seconds(start: Mapping[str, Any]) -> float:
+    """From the beginning of a job to the generation that it opened, whose first line this is.
+    [seconds]"""
+    began = (start.get("job") or {}).get("began")
+    return 0.0 if began is None else max(0.0, float(start["time"]) - float(began))
+
+
 def chunk_folder(root: Path, sweep: str, token: str) -> Path:
     """Folder of one submission: ``chunk.json``, job script, logs and submitit's files."""
     return Path(root) / "sweeps" / sweep / "chunks" / token
@@ -280,6 +294,26 @@ def append_line(file: Any, row: Mapping[str, Any]) -> None:
 
 def _line(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+def _record(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise RecordError(f"{path}: not a record, but {str(record)[:40]!r}")
+    return record
+
+
+def _ends(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """First row of a metrics file and the last whole one, without reading what is between."""
+    with open(path, "rb") as f:
+        first = f.readline()
+        f.seek(max(0, f.seek(0, 2) - TAIL_BYTES))
+        tail = f.read().split(b"\n")[:-1]
+    try:
+        opening = json.loads(first) if first.endswith(b"\n") else None
+        return opening, json.loads(tail[-1]) if tail else {}
+    except json.JSONDecodeError as e:
+        raise RecordError(f"{path}: not a metrics row ({e})") from None
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -41,7 +41,12 @@ def logs(
 
     chosen = RunDir.find(root, run)
     if follow:
-        for line in lines_of(chosen, attempt=attempt, rank=rank):
+        from scaling.slurm.status import status
+
+        def over() -> bool:
+            return bool(status([chosen])[0]["over"])
+
+        for line in lines_of(chosen, over, attempt=attempt, rank=rank):
             typer.echo(line)
         return
     for path in log_files(chosen, attempt=attempt, rank=rank):

@@ -1,11 +1,10 @@
-"""Verbs on sweeps, from the plan to the tables."""
+"""Verbs on sweeps, from submission to the tables."""
 
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,24 +23,13 @@ from scaling.cli.app import (
     planned_runs,
     submitted_runs,
 )
+from scaling.cli.plans import bill, costs_of
 from scaling.cli.terminal import print_json, print_table
 
 if TYPE_CHECKING:
-    from scaling.slurm.profile import ClusterProfile
     from scaling.sweeps import PlannedRun
 
 Rows = Sequence[Mapping[str, Any]]
-PLAN_SHOWN = (
-    "run_key", "model", "n_total", "n_non_embedding", "batch_size", "items_per_user",
-    "items_per_user_mean", "data_fraction", "shuffle", "users_seen", "epochs", "steps", "seed",
-    "flops", "flops_exact", "pf_days", "pf_days_exact",
-)  # fmt: skip
-PLAN_DROPPED = (
-    "flops", "flops_exact", "n_non_embedding", "seed", "shuffle", "users_seen",
-    "items_per_user_mean", "pf_days_exact", "data_fraction", "epochs", "steps", "n_total",
-)  # fmt: skip
-"""What a narrow terminal does without, the least important first; so too below."""
-COST_SHOWN = ("gpu_hours", "wall_hours", "disk_gb", "basis")
 STATUS_SHOWN = (
     "run_key", "state", "job_state", "job_id", "attempts", "step", "steps", "loss", "train_loss",
     "eta_s", "gpu_hours", "estimate_gpu_hours", "progress_age_s", "cause",
@@ -53,57 +41,6 @@ STATUS_DROPPED = (
 STATUS_NEW = {"state": "PLANNED", "attempts": 0, "step": 0, "held": False, "stalled": False,
               "over": False}  # fmt: skip
 """Of a planned run that has no folder yet; everything else is missing."""
-Code = Literal["keep", "new"]
-
-
-@app.command()
-def plan(
-    sweep: SweepFile,
-    root: Root = WORK,
-    cluster: Annotated[
-        Path | None, typer.Option("--cluster", help="Cluster profile (TOML): what it costs there.")
-    ] = None,
-    parallel: Annotated[
-        int | None, typer.Option(min=1, help="Runs at once; default: the profile's max_parallel.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Say what a sweep would train and cost; write nothing.
-
-    One row a run: parameters, users, epochs, FLOPs and PF-days by the paper's formula and counted
-    exactly. items_per_user is the cap, items_per_user_mean what the logs realise under it. A corpus
-    with logs must be prepared first; a nominal one is planned from its statistics.
-
-    With --cluster also GPU-hours (on CPUs hours of ranks), hours of wall time and disk, from what
-    finished runs took there, else from a stated model (basis).
-
-    \b
-    Example:
-        clue-scaling plan sweeps/scale_factors.toml --cluster slurm/example_v100.toml
-    """
-    from scaling.slurm.profile import ClusterProfile
-
-    _, card, runs = planned_runs(sweep, root, nominal=True)
-    rows = [dict(run.row) for run in runs]
-    profile = ClusterProfile.read(cluster) if cluster else None
-    costs = _costs(runs, profile, root) if profile else []
-    for row, cost in zip(rows, costs, strict=False):
-        row.update(cost)
-    if as_json:
-        print_json(rows)
-        return
-    shown = [c for c in PLAN_SHOWN if c != "run_key" or card.digest]
-    print_table(rows, [*shown, *(COST_SHOWN if costs else ())], drop=PLAN_DROPPED)
-    nominal = "" if card.digest else ", nominal: it cannot be submitted"
-    typer.echo(f"\n{len(rows)} runs on corpus {card.name}{nominal}")
-    for name, flops, days in (
-        ("the paper's formula", "flops", "pf_days"),
-        ("exact count", "flops_exact", "pf_days_exact"),
-    ):
-        total, in_days = (sum(r[k] for r in rows) for k in (flops, days))
-        typer.echo(f"{name}: {in_days:.4g} PF-days, {total:.4g} FLOPs")
-    if profile:
-        typer.echo(_bill(rows, profile, parallel or profile.max_parallel))
 
 
 @app.command()
@@ -121,9 +58,15 @@ def submit(
         float | None,
         typer.Option(min=1e-6, help="GPU-hours it may take in all, retries included."),
     ] = None,
-    code: Annotated[
-        Code | None,
-        typer.Option(help="Where the code has changed since runs began: keep theirs, or the new."),
+    no_budget: Annotated[
+        bool, typer.Option("--no-budget", help="Let it take what it takes, from now on.")
+    ] = False,
+    new_code: Annotated[
+        bool | None,
+        typer.Option(
+            "--new-code/--keep-code",
+            help="Where the code has changed since runs began: go on with it, or with theirs.",
+        ),
     ] = None,
     allow_drift: Annotated[
         bool, typer.Option("--allow-drift", help="Go on with other versions of packages.")
@@ -142,7 +85,7 @@ def submit(
     """
     from scaling.rundir import RunDir
     from scaling.slurm import sync as driver
-    from scaling.slurm.budget import read_budget, set_budget
+    from scaling.slurm.budget import read_budget, set_budget, unset_budget
     from scaling.slurm.profile import ClusterProfile
     from scaling.sweeps import sweep_id, write_sweep
 
@@ -152,10 +95,10 @@ def submit(
     configs = [p.config for p in planned if p.config]
     driver.check_runs(root, configs, profile)
     seen = driver.preview(
-        root, configs, profile, sweep=identity, retry_failed=retry_failed, code=code
+        root, configs, profile, sweep=identity, retry_failed=retry_failed, new_code=new_code
     )
-    asked = {row["run_key"] for row in seen.rows if row["action"]}
-    costs = _costs([p for p in planned if p.row["run_key"] in asked], profile, root)
+    steps = {row["run_key"]: row["step"] for row in seen.rows if row["action"]}
+    costs = costs_of([p for p in planned if p.row["run_key"] in steps], profile, root, steps)
     if dry_run and as_json:
         print_json([row for row in seen.rows if row["action"]])
     elif dry_run:
@@ -165,7 +108,7 @@ def submit(
         print_table(rows, ["run_key", "state", "attempts", "step", "steps"])
         typer.echo(f"would submit {len(rows)} of {len(planned)} runs")
     if costs:
-        typer.echo(_bill(costs, profile, profile.max_parallel), err=as_json or not dry_run)
+        typer.echo(bill(costs, profile, profile.max_parallel), err=as_json or not dry_run)
         if budget or read_budget(root, identity):
             typer.echo(f"budget: {budget or read_budget(root, identity):g} GPU-hours", err=True)
     if dry_run:
@@ -173,12 +116,14 @@ def submit(
     if costs and not yes:
         _confirm(f"submit {len(costs)} runs?")
     write_sweep(root, grid, card, planned)
-    if budget is not None:
-        set_budget(root, identity, budget)
     runs = [RunDir.create(root, config, card.name) for config in configs]
+    if budget is not None:
+        set_budget(root, identity, budget, runs)
+    elif no_budget:
+        unset_budget(root, identity)
     rows = driver.submit(
         root, runs, profile, sweep=identity,
-        retry_failed=retry_failed, code=code, allow_drift=allow_drift,
+        retry_failed=retry_failed, new_code=new_code, allow_drift=allow_drift,
     )  # fmt: skip
     if not as_json:
         typer.echo(_tally(rows))
@@ -303,9 +248,8 @@ def cancel(
     if run:
         keys = {one_key([r.run_key for r in runs], prefix, str(sweep)) for prefix in run}
         runs = [r for r in runs if r.run_key in keys]
-    open_runs = [r for r in runs if r.result() is None]
-    if open_runs and not yes:
-        _confirm(f"cancel {len(open_runs)} runs that are not done?")
+    if not yes and (count := sum(not (r.path / "result.json").exists() for r in runs)):
+        _confirm(f"cancel {count} runs that are not done?")
     cancelled = end(runs)
     typer.echo(f"cancelled {len(cancelled)} of {len(runs)} runs")
 
@@ -341,37 +285,6 @@ def _with_new(rows: Rows, planned: "Sequence[PlannedRun]") -> list[dict[str, Any
 def _tally(rows: Rows) -> str:
     counts = Counter(row["state"] for row in rows)
     return f"{len(rows)} runs: " + ", ".join(f"{n} {state}" for state, n in counts.items())
-
-
-def _costs(
-    planned: "Sequence[PlannedRun]", profile: "ClusterProfile", root: Path
-) -> list[dict[str, Any]]:
-    """What each of the runs costs on a profile, by ``COST_SHOWN``, with its PF-days."""
-    from dataclasses import asdict
-
-    from scaling.slurm.cost import estimate, measured_rates
-
-    rates = measured_rates(root)
-    found = []
-    for run in planned:
-        row = run.row
-        cost = estimate(run.settings, row["n_total"], row["flops_exact"], profile, rates)
-        found.append(asdict(cost) | {"pf_days_exact": row["pf_days_exact"]})
-    return found
-
-
-def _bill(costs: Rows, profile: "ClusterProfile", parallel: int) -> str:
-    """One line of what runs cost in all."""
-    from scaling.slurm.cost import wall_hours
-
-    gpu, disk, days = (sum(c[k] for c in costs) for k in ("gpu_hours", "disk_gb", "pf_days_exact"))
-    wall = wall_hours([c["wall_hours"] for c in costs], parallel)
-    basis = Counter(c["basis"] for c in costs)
-    told = ", ".join(f"{n} {b}" for b, n in basis.items())
-    return (
-        f"{len(costs)} runs on {profile.name}: about {gpu:.3g} GPU-hours, {days:.3g} PF-days "
-        f"(exact count); {wall:.3g} hours with {parallel} at once; {disk:.3g} GB of disk ({told})"
-    )
 
 
 def _confirm(question: str) -> None:

@@ -4,8 +4,9 @@
 
 Every attempt reserves what it is estimated to need, with a margin, in its intent, and its job stops
 itself when that is spent; another attempt goes on with a new reservation. So spendings and
-reservations together never exceed the budget, retries and lost work included, however wrong an
-estimate is. A run that two sweeps share counts in full for each.
+reservations together stay within the budget, retries and lost work included, however wrong an
+estimate is: but for the step and the checkpoint that follow the alarm, and for what a killed job
+did after its last row of metrics. A run that two sweeps share counts in full for each.
 """
 
 import time
@@ -17,8 +18,8 @@ from typing import Any
 from scaling import ClueError
 from scaling.config import RunConfig
 from scaling.files import read_json, write_json
-from scaling.rundir import RunDir
-from scaling.slurm.cost import MARGIN, Estimate, Rate, estimate, measured_rates
+from scaling.rundir import RunDir, starting_seconds
+from scaling.slurm.cost import MARGIN, START_S, Estimate, Rate, estimate, measured_rates
 from scaling.slurm.profile import ClusterProfile
 from scaling.slurm.state import Facts
 from scaling.slurm.status import gpu_hours_of, read_facts
@@ -42,20 +43,42 @@ class Prices:
         rows = {row["run_key"]: row for row in read_json(path)["runs"]}
         return cls(rows, measured_rates(root))
 
-    def of(self, config: RunConfig, profile: ClusterProfile, step: int = 0) -> Estimate | None:
-        """Cost of the rest of a run; None if the plan does not have it."""
+    def of(self, run: RunDir, config: RunConfig, profile: ClusterProfile) -> Estimate | None:
+        """Cost of the rest of a run; None if the plan does not have it.
+
+        A start is taken to last somewhat longer than the run's longest one did.
+        """
         row = self.rows.get(config.run_key)
         if row is None:
             return None
-        return estimate(config, row["n_total"], row["flops_exact"], profile, self.rates, step=step)
+        longest = max((starting_seconds(s) for s in run.starts() if "time" in s), default=0.0)
+        return estimate(
+            config,
+            row["n_total"],
+            row["flops_exact"],
+            profile,
+            self.rates,
+            step=max(run.committed_steps(), default=0),
+            start_s=max(START_S, MARGIN * longest),
+        )
 
 
-def set_budget(root: Path, sweep: str, gpu_hours: float) -> None:
-    """Set what a sweep may spend from now on, with what it has spent. [GPU-hours]"""
+def set_budget(root: Path, sweep: str, gpu_hours: float, runs: Sequence[RunDir]) -> None:
+    """Set what a sweep may spend from now on, with what it has spent. [GPU-hours]
+
+    Raises:
+        ClueError: it is no number above 0, or runs execute without an allowance.
+    """
     if not gpu_hours > 0:
         raise ClueError(f"budget = {gpu_hours}: give GPU-hours above 0")
+    committed_hours(runs, {run.run_key: read_facts(run) for run in runs})
     record = {"schema_version": 1, "gpu_hours": gpu_hours, "time": time.time()}
     write_json(root / "sweeps" / sweep / "budget.json", record)
+
+
+def unset_budget(root: Path, sweep: str) -> None:
+    """Let a sweep take what it takes."""
+    (root / "sweeps" / sweep / "budget.json").unlink(missing_ok=True)
 
 
 def read_budget(root: Path, sweep: str) -> float | None:
@@ -64,17 +87,15 @@ def read_budget(root: Path, sweep: str) -> float | None:
     return float(read_json(path)["gpu_hours"]) if path.exists() else None
 
 
-def committed_hours(
-    runs: Sequence[RunDir], facts: Mapping[str, Facts], but: frozenset[str] = frozenset()
-) -> float:
+def committed_hours(runs: Sequence[RunDir], facts: Mapping[str, Facts]) -> float:
     """What runs have spent, and what their unended attempts reserve. [GPU-hours]
 
     Args:
         facts: of each run.
-        but: keys of runs whose newest attempt is over, though it has no record of that yet.
 
     Raises:
-        ClueError: a run executes without an allowance; it was submitted before the budget.
+        ClueError: it cannot be told: records of a run are damaged, or one executes without an
+            allowance.
     """
     total = 0.0
     for run in runs:
@@ -83,18 +104,16 @@ def committed_hours(
             total += gpu_hours_of(dict(known.result))
             continue
         if known.damage:
-            continue  # reported by status; nothing more is spent on it
+            raise ClueError(f"what run {run.run_key} takes cannot be told: {known.damage}")
         total += run.gpu_hours()
-        if not known.attempts or run.run_key in but:
-            continue
-        newest = known.attempts[-1]
-        if newest.end is not None or newest.cancel is not None:
+        newest = known.attempts[-1] if known.attempts else None
+        if newest is None or newest.end is not None or newest.intent["executor"] == "none":
             continue
         allowance = newest.intent.get("allowance_gpu_hours")
         if allowance is None:
             raise ClueError(
-                f"run {run.run_key}: was submitted before there was a budget, so nothing bounds "
-                "what it will take; cancel it, or let it end first"
+                f"run {run.run_key}: was submitted without a budget, by this sweep or another, so "
+                "nothing bounds what it will take; let it end first, or cancel it"
             )
         total += max(0.0, float(allowance) - run.gpu_hours(newest.number))
     return total

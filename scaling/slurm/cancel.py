@@ -35,7 +35,7 @@ def cancel(runs: Sequence[RunDir]) -> list[str]:
     for run, _, verdict in derived:
         if not verdict.over and _mark(run):
             cancelled.append(run.run_key)
-        if not verdict.over or verdict.state is State.CANCELLED:
+        if verdict.state not in (State.DONE, State.DIVERGED) and verdict.cause != "damaged":
             marked += run.attempts()
     # Jobs are looked for after the marks: one that starts from now on sees its mark and leaves.
     snapshot = look(marked, history=False)

@@ -4,8 +4,8 @@
     <root>/code/<digest>.json    where they come from: version, commit, what differs from it
     <root>/code/<digest>.diff    that difference, where there is one
 
-An edit or a ``pip install -U`` after submission reaches no job. A run keeps the archive of its
-first attempt, so that its retries compute what it began with, unless somebody says otherwise.
+An edit after submission reaches no job. A run that has checkpoints keeps the archive of its last
+attempt, so that its retries compute what it began with, unless somebody says otherwise.
 """
 
 import hashlib
@@ -77,7 +77,8 @@ def verify(root: Path, digest: str) -> None:
 
 def running_from(root: Path, digest: str) -> bool:
     """Whether this process has imported the package from that archive."""
-    return PACKAGE.parent == archive_path(root, digest)
+    here = PACKAGE.parent
+    return here.is_file() and here.samefile(archive_path(root, digest))
 
 
 @cache

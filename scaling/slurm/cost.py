@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from scaling import ClueError
 from scaling.config import RunConfig
-from scaling.files import RecordError, read_json
+from scaling.files import read_json
 from scaling.rundir import RUN_KEY, RunDir
 from scaling.slurm.profile import ClusterProfile, Shape
 
@@ -27,7 +28,7 @@ PEAK_FLOPS = 125e12
 CPU_FLOPS = 10e9
 """The stated model on CPUs: of one core, in fp32. [FLOP/s]"""
 START_S = 60.0
-"""Of every start: imports, corpus, first batch. [seconds]"""
+"""Of every start: imports, corpus, memory, first batch. [seconds]"""
 MARGIN = 1.5
 """A budget reserves this multiple of what a run is estimated to need still."""
 FEWEST_FLOPS = 1e10
@@ -78,7 +79,7 @@ def measured_rates(root: Path) -> list[Rate]:
                     int(result.get("cpus_per_task") or 1), rate,
                 )
             )  # fmt: skip
-        except (RecordError, KeyError, TypeError, ZeroDivisionError):
+        except (ClueError, AttributeError, KeyError, TypeError, ZeroDivisionError):
             continue  # damage is reported by status and collect; an estimate does without
     return rates
 
@@ -104,6 +105,7 @@ def estimate(
     rates: Sequence[Rate] = (),
     *,
     step: int = 0,
+    start_s: float = START_S,
 ) -> Estimate:
     """Cost of a run on a profile.
 
@@ -112,6 +114,7 @@ def estimate(
         flops_exact: of the whole run, expected or counted. [FLOPs]
         rates: of finished runs; those of other profiles do not count.
         step: steps done already.
+        start_s: of every start, before the first step. [seconds]
 
     Raises:
         ConfigError: the run does not fit the profile.
@@ -121,7 +124,7 @@ def estimate(
     left = max(0, config.steps - step) / config.steps
     seconds = left * flops_exact / rate / shape.world_size
     slices = max(1, -(-seconds // max(1, 60 * shape.time_min - profile.signal_lead_s)))
-    wall = (seconds + slices * START_S) / 3600
+    wall = (seconds + slices * start_s) / 3600
     train = profile.train
     copies = 3 * train.keep_checkpoints + 3 + len(train.milestone_steps(config.steps))
     return Estimate(

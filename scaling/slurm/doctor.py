@@ -68,7 +68,7 @@ def _file_system(root: Path) -> list[Finding]:
         (
             "clock",
             _probe_clock,
-            "ages in status are off by that; nothing else depends on clocks",
+            "ages in status are off by that; only patience depends on clocks",
         ),
     ]
     try:
@@ -172,6 +172,7 @@ def _cluster(profile: ClusterProfile) -> list[Finding]:
     return [
         *findings,
         Finding("controller", "ok", f"Slurm {config.get('SLURM_VERSION', '?')}"),
+        *_defaults(profile),
         _array_size(config),
         _requeue(config),
         _preemption(config),
@@ -180,6 +181,21 @@ def _cluster(profile: ClusterProfile) -> list[Finding]:
         *_submit_limits(),
         *(_partition(profile) if profile.partition else ()),
         *_gpus(profile),
+    ]
+
+
+def _defaults(profile: ClusterProfile) -> list[Finding]:
+    """Defaults that a site sets as variables, which submission does not use."""
+    words = {"account": profile.account, "partition": profile.partition, "qos": profile.qos}
+    return [
+        Finding(
+            f"SBATCH_{key.upper()}",
+            "warning",
+            f"{os.environ[f'SBATCH_{key.upper()}']}, and the profile has no {key}",
+            f"variables do not reach sbatch; set {key} in the profile",
+        )
+        for key, word in words.items()
+        if word is None and os.environ.get(f"SBATCH_{key.upper()}")
     ]
 
 

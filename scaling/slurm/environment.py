@@ -41,13 +41,7 @@ def capture(root: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "driver": gpus[0]["driver_version"] if gpus else None,
-        "packages": dict(
-            sorted(
-                (str(d.metadata["Name"]).lower().replace("_", "-"), d.version)
-                for d in metadata.distributions()
-                if d.metadata["Name"]
-            )
-        ),
+        "packages": _packages(),
     }
     digest = short_digest(canonical_json(shared))
     create_json(_path(root, digest), {"schema_version": 1, **shared})
@@ -70,6 +64,16 @@ def drift(root: Path, before: str, now: str) -> list[str]:
         for name in names
         if old.get(name) != new.get(name)
     ]
+
+
+def _packages() -> dict[str, str]:
+    """Versions by name; of a package found twice the one that comes first on the path."""
+    found: dict[str, str] = {}
+    for distribution in metadata.distributions():
+        about = distribution.metadata
+        if about["Name"]:
+            found.setdefault(about["Name"].lower().replace("_", "-"), about["Version"])
+    return dict(sorted(found.items()))
 
 
 def _numeric(record: Mapping[str, Any]) -> dict[str, str]:

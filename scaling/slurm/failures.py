@@ -6,6 +6,7 @@ The kinds and what follows from each: ``FRUITLESS_LIMIT`` in ``scaling.slurm.sta
 import errno
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 PATTERNS = tuple(
     (cause, re.compile(pattern, re.IGNORECASE))
@@ -14,7 +15,7 @@ PATTERNS = tuple(
             "node_fail",
             r"\bNVRM: Xid|\bXid \(|uncorrectable (NVLink|ECC)|\bECC error|fallen off the bus"
             r"|no CUDA-capable device|CUDA driver initialization failed"
-            r"|CUDA error: (unspecified launch failure|hardware)",
+            r"|CUDA error: hardware",
         ),
         (
             "gpu_oom",
@@ -29,20 +30,28 @@ PATTERNS = tuple(
         ("disk_full", r"No space left on device|Disk quota exceeded"),
         (
             "comm",
-            r"\bNCCL\b|\bgloo\b|Connection closed by peer|EADDRINUSE|watchdog.*timeout"
-            r"|DistBackendError|DistNetworkError|DistStoreError|Connection reset by peer",
+            r"\bNCCL (WARN|error|communicator)|\bnccl(Unhandled|System|Remote|Internal)"
+            r"|\bgloo\b.*(clos|time|refus|reset|fail)|Connection (closed|reset) by peer"
+            r"|EADDRINUSE|watchdog.*timeout|DistBackendError|DistNetworkError|DistStoreError",
         ),
     )
 )
 """Words of the kinds, the cause before its consequences: a rank whose GPU fell off makes all others
 report NCCL. Of torch, oneDNN, gloo, NCCL, the NVIDIA driver, the kernel and Slurm's oom handler."""
+START_LINE = "clue-scaling: start"
+"""Begins a job's output, with Slurm's restart count: logs are appended to."""
 UNCAUGHT = re.compile(r"^(?!Traceback)[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b(: .*)?$")
 """Last line of a traceback."""
 _COMM = {"DistBackendError", "DistNetworkError", "DistStoreError", "PeerError"}
 
 
-def classify(error: BaseException) -> str:
-    """Kind of a failure, from the exception and what caused it."""
+def classify(error: BaseException, root: Path | None = None) -> str:
+    """Kind of a failure, from the exception and what caused it.
+
+    Args:
+        root: the root folder. A disk that is full elsewhere is a node's own (``/tmp``): another
+            node may do.
+    """
     for one in _chain(error):
         names = {c.__name__ for c in type(one).__mro__}
         if "OutOfMemoryError" in names:
@@ -50,7 +59,8 @@ def classify(error: BaseException) -> str:
         if isinstance(one, MemoryError):
             return "host_oom"
         if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT):
-            return "disk_full"
+            elsewhere = root and one.filename and not _below(str(one.filename), root)
+            return "node_fail" if elsewhere else "disk_full"
         if names & _COMM:
             return "comm"
         # The words of Python's own errors are the user's; those of torch come as RuntimeErrors.
@@ -73,6 +83,39 @@ def explain(text: str) -> tuple[str, str] | None:
         if UNCAUGHT.match(line):
             return "error", line.strip()[:500]
     return None
+
+
+UNCLEAR = re.compile(
+    r"timed out|Zero Bytes|Unexpected message|Communication connection|Connection reset|transient",
+    re.IGNORECASE,
+)
+"""What sbatch says where a job may have been accepted all the same."""
+REFUSALS = tuple(
+    (cause, re.compile(pattern, re.IGNORECASE))
+    for cause, pattern in (
+        ("rejected", r"Per(Job|Node)|MaxWall|MaxCpuPerJob|MaxTRESPerJob"),
+        (
+            "limit",
+            r"AssocMax|AssocGrp|QOSMax|QOSGrp|MaxSubmit|submit limit|accounting/QOS"
+            r"|temporarily un(able|available)|MaxJobCount",
+        ),
+        ("unreachable", r"Unable to contact slurm controller|Connection refused"),
+        ("rejected", r"submission failed|sbatch: (error|fatal)|command not found"),
+    )
+)
+"""Words with which sbatch certainly accepted nothing, the first that fits."""
+
+
+def refused_as(message: str) -> str | None:
+    """Why sbatch certainly accepted nothing: ``limit``, ``unreachable`` or ``rejected``; None where
+    it may have: ``Socket timed out`` and the like, or an answer that says nothing."""
+    if UNCLEAR.search(message):
+        return None
+    return next((cause for cause, pattern in REFUSALS if pattern.search(message)), None)
+
+
+def _below(path: str, root: Path) -> bool:
+    return Path(path).absolute().is_relative_to(root.absolute())
 
 
 def _of_text(text: str) -> str | None:

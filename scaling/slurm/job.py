@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -26,11 +25,12 @@ from scaling import ClueError
 from scaling.config import TrainSettings
 from scaling.files import RecordError, read_json
 from scaling.rundir import Attempt, RunDir, Superseded, chunk_folder
+from scaling.slurm.claims import await_claim, claim
 from scaling.slurm.code import PACKAGE, running_from, verify
 from scaling.slurm.environment import capture, drift
-from scaling.slurm.failures import classify
+from scaling.slurm.failures import START_LINE, classify
 from scaling.slurm.profile import check_owner
-from scaling.slurm.scheduler import command, may_write, process_identity
+from scaling.slurm.scheduler import command, process_identity
 from scaling.slurm.state import is_cancelled
 
 TRAIN = "scaling.train.loop:train"
@@ -38,10 +38,8 @@ TRAIN = "scaling.train.loop:train"
 CORPUS = "scaling.data.corpus:Corpus"
 EXIT_SUPERSEDED = 93
 """Exit status of a job that must not run: another attempt owns the run, or it is over."""
-POLL_S = 10.0
-"""Between looks at a predecessor that may still be alive. [seconds]"""
-CLAIM_WAIT_S = 300.0
-"""Longest wait of a local rank for rank 0's claim; under Slurm srun ends the ranks. [seconds]"""
+LISTING_S = 60.0
+"""A folder's listing may be as old on a node (NFS caches). [seconds]"""
 EARLY_S = 60.0
 """So much earlier than asked Slurm may signal the end of the wall time. [seconds]"""
 ROOT_CAUSE_S = 5.0
@@ -92,6 +90,7 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
     It leaves by ``SystemExit``, which submitit passes on without pickling a result: 0 when the run
     is over or goes on in a later slice, 93 when superseded, 1 on an error.
     """
+    began = time.time()
     stop = StopFlag()
     environment = JobEnvironment()
     rank = int(environment.global_rank)
@@ -99,11 +98,14 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
     if local:
         _die_with_controller(int(environment.job_id))
     index = int(environment.array_task_id or 0)
+    for stream in (sys.stdout, sys.stderr):
+        print(START_LINE, os.environ.get("SLURM_RESTART_COUNT", "0"), file=stream, flush=True)
     folder = chunk_folder(Path(root), sweep, token)
     run = RunDir(Path(root), read_json(folder / "chunk.json")["runs"][index])
     check_owner(Path(root).resolve(), folder, run.path)
-    number = next(a.number for a in run.attempts() if a.intent["token"] == token)
+    number = _number(run, token)
     job = {
+        "began": began,
         "executor": environment.name(),
         "job_id": str(environment.job_id),
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
@@ -125,16 +127,16 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
     }
     try:
         _check(run, attempt, job, rank)
-        if (allowance := attempt.intent.get("allowance_gpu_hours")) is not None:
-            left = float(allowance) - run.gpu_hours(number)
-            stop.stop_after(3600 * left / environment.num_tasks)
+        if rank == 0 and (allowance := attempt.intent.get("allowance_gpu_hours")) is not None:
+            left = 3600 * (float(allowance) - run.gpu_hours(number)) / environment.num_tasks
+            stop.stop_after(left - (time.time() - began))
         result = _train(run, attempt, job, stop)
     except Superseded as e:
         print(f"superseded: {e}", file=sys.stderr)
         _leave(EXIT_SUPERSEDED, local, environment.num_tasks)
     except Exception as e:
         _tell(traceback.format_exc())
-        cause = e.cause if isinstance(e, Unfit) else classify(e)
+        cause = e.cause if isinstance(e, Unfit) else classify(e, run.root)
         if cause == "comm":
             time.sleep(ROOT_CAUSE_S)
         # A connection that broke while the job was being stopped is no failure.
@@ -147,6 +149,19 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
         else:
             _stopped(run, attempt, job, stop)
     raise SystemExit(0)
+
+
+def _number(run: RunDir, token: str) -> int:
+    """The attempt that this job is of. A network file system may list it a while after it was
+    written on another host."""
+    end = time.monotonic() + LISTING_S
+    while True:
+        for attempt in run.attempts():
+            if attempt.intent["token"] == token:
+                return attempt.number
+        if time.monotonic() > end:
+            raise RecordError(f"{run.path}/attempts: none is of submission {token}")
+        time.sleep(1.0)
 
 
 class Unfit(ClueError):
@@ -197,86 +212,6 @@ def _check(run: RunDir, attempt: Attempt, job: dict[str, Any], rank: int) -> Non
             f"{FRUITLESS_STARTS} starts in a row from step {newest}, and none committed another: "
             "longer slices (time_min), or checkpoints more often (checkpoint_every)",
         )
-
-
-# claiming
-
-
-def claim(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
-    """Make this job the owner of the attempt, unless it must not run.
-
-    At most one job passes for a run at any time: whoever creates an attempt later than this look
-    at the newest one finds our claim and waits for us; whoever created it earlier is seen here.
-
-    Returns:
-        None if the job may train, otherwise why not.
-    """
-    while True:
-        if reason := _must_not_run(run, number, job):
-            return reason
-        if may_write(predecessors(run.attempts(), number)) is False:
-            break
-        print("waiting for the job of an older attempt to end", file=sys.stderr, flush=True)
-        time.sleep(POLL_S)
-    run.record(number, "claim", {**job, "host": socket.gethostname(), "time": time.time()})
-    return _must_not_run(run, number, job)
-
-
-def await_claim(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
-    """As ``claim`` on the other ranks, which leave the decision to rank 0."""
-    end = time.monotonic() + CLAIM_WAIT_S
-    pause = 0.1
-    while job["executor"] != "local" or time.monotonic() < end:
-        if reason := _must_not_run(run, number, job):
-            return reason
-        if any(a.number == number and a.claim for a in run.attempts()):
-            return None
-        time.sleep(pause)
-        pause = min(1.5 * pause, POLL_S)
-    return f"rank 0 did not claim within {CLAIM_WAIT_S:.0f} s"
-
-
-def refusal(
-    attempts: Sequence[Attempt], over: bool, number: int, job: Mapping[str, Any]
-) -> str | None:
-    """Why a job must not run, from the run's records; None if nothing speaks against it. Pure.
-
-    Args:
-        attempts: all attempts of the run, oldest first.
-        over: the run has a result.
-        number: the attempt that the job is of.
-        job: ``executor`` and ``job_id`` of the job; ``boot`` and ``started`` of a local one.
-    """
-    if over:
-        return "the run is over"
-    newest = attempts[-1]
-    if newest.number != number:
-        return f"attempt {newest.number} is newer than attempt {number}"
-    if is_cancelled(attempts):
-        return f"attempt {number} was cancelled"
-    if newest.end is not None:
-        return f"attempt {number} has ended: {newest.end['class']}"
-    mine = ("job_id", "boot", "started") if job["executor"] == "local" else ("job_id",)
-    if newest.claim is not None and any(newest.claim.get(k) != job.get(k) for k in mine):
-        return f"attempt {number} belongs to job {newest.claim['job_id']}"
-    return None
-
-
-def predecessors(attempts: Sequence[Attempt], number: int) -> list[Attempt]:
-    """Older attempts whose job may still write. Pure.
-
-    Every claimed one may: that an end of it is recorded says what somebody saw who looked before
-    the job started, or started again. Only a process on one host cannot start again.
-    """
-    return [
-        a
-        for a in attempts
-        if a.number < number and a.claim and (a.intent["executor"] != "local" or not a.end)
-    ]
-
-
-def _must_not_run(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
-    return refusal(run.attempts(), run.result() is not None, number, job)
 
 
 # environment and training

@@ -111,7 +111,6 @@ def _executor(
         "qos": profile.qos,
         "constraint": profile.constraint,
         "exclude": exclude,
-        "signal_delay_s": profile.signal_lead_s,
     }
     archive = archive_path(root, code)
     copied = f"{folder}/${{job}}_submitted.pkl"
@@ -121,8 +120,9 @@ def _executor(
         setup=[
             "umask 077",
             "job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}",
-            # What is unpickled must be ours.
-            f"test -O {folder}/arguments.pkl || exit 1",
+            # What is imported and unpickled must be the user's own.
+            f"for file in {archive} {folder}/arguments.pkl; do test -O $file"
+            ' || { echo "$file: is not your own" >&2; exit 1; }; done',
             f"test -e {copied} || cp {folder}/arguments.pkl {copied}",
             *profile.setup,
             # The archive comes before all else, and the folder that was submitted from not at all.
@@ -133,6 +133,8 @@ def _executor(
             # Elements keep their index in the chunk, wherever the array begins; always an array,
             # so that one run's job is named and logged as any other.
             "array": f"{indices[0]}-{indices[-1]}%{min(parallel, len(indices))}",
+            # submitit takes another signal from a variable of the shell.
+            "signal": f"USR2@{profile.signal_lead_s}",
         },
         # A rank that ends badly ends its step: no other waits for it in a collective. srun does not
         # inherit --cpus-per-task since Slurm 22.05.

@@ -1,18 +1,20 @@
 """Where a run's output is: submitit's log files, found through the records of its attempts."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from scaling.files import RecordError
 from scaling.rundir import Attempt, RunDir, chunk_folder
-from scaling.slurm.failures import explain
+from scaling.slurm.failures import START_LINE, explain
 
 TAIL_BYTES = 1 << 20
 EXPLAINING_LINES, EXPLAINING_RANKS = 200, 64
 """Of each log, and of so many ranks, the end is searched for the cause of a failure."""
 FOLLOW_S = 0.5
 """Between two looks at a log that is followed. [seconds]"""
+ASK_S = 60.0
+"""Between two questions to the scheduler while a log is followed. [seconds]"""
 FOLLOW_FROM_BYTES = 1 << 12
 """Following begins so far before the end. [bytes]"""
 
@@ -53,7 +55,7 @@ def explanation(run: RunDir, attempt: Attempt) -> tuple[str, str] | None:
         return None
     ranks = int(attempt.intent["shape"]["nodes"]) * int(attempt.intent["shape"]["tasks_per_node"])
     ends = [
-        tail(path, EXPLAINING_LINES)
+        tail(path, EXPLAINING_LINES).rpartition(START_LINE)[2]  # of the last start alone
         for rank in range(min(ranks, EXPLAINING_RANKS))
         for path in _paths(run, attempt, rank)
         if path.exists()
@@ -67,10 +69,18 @@ def _paths(run: RunDir, attempt: Attempt, rank: int) -> list[Path]:
     return [folder / f"{record['job_id']}_{rank}_log.{kind}" for kind in ("out", "err")]
 
 
-def follow(run: RunDir, *, attempt: int | None = None, rank: int = 0) -> Iterator[str]:
-    """Lines that a rank prints from now on, until its attempt has ended and all is printed.
+def follow(
+    run: RunDir,
+    over: Callable[[], bool],
+    *,
+    attempt: int | None = None,
+    rank: int = 0,
+) -> Iterator[str]:
+    """Lines that a rank prints from now on, until its attempt is over and all is printed.
 
     Args:
+        over: whether nothing more will happen to the run by itself. A job that was killed leaves
+            no record, so it is asked once a minute, and whenever an attempt has ended.
         attempt: its number; None: the newest, and each one that comes after it.
 
     Raises:
@@ -78,13 +88,17 @@ def follow(run: RunDir, *, attempt: int | None = None, rank: int = 0) -> Iterato
     """
     at: dict[Path, int] = {}
     rest: dict[Path, bytes] = {}
+    asked = time.monotonic()
     while True:
         attempts = run.attempts()
         chosen = [a for a in attempts if attempt is None or a.number == attempt][-1:]
         if not chosen:
             log_files(run, attempt=attempt, rank=rank)  # says which there are
-        over = bool(chosen[0].end or chosen[0].cancel or run.result())
-        for path in _paths(run, chosen[0], rank) if chosen[0].claim or chosen[0].submit else []:
+        followed = chosen[0]
+        due = followed.end is not None or time.monotonic() > asked + ASK_S
+        ended = followed.number < attempts[-1].number or (due and over())
+        asked = time.monotonic() if due else asked
+        for path in _paths(run, followed, rank) if followed.claim or followed.submit else []:
             if not path.exists():
                 continue
             with open(path, "rb") as f:
@@ -92,7 +106,8 @@ def follow(run: RunDir, *, attempt: int | None = None, rank: int = 0) -> Iterato
                 *lines, rest[path] = (rest.get(path, b"") + f.read()).split(b"\n")
                 at[path] = f.tell()
             yield from (line.decode(errors="replace") for line in lines)
-        if over:
+        if ended:
+            yield from (line.decode(errors="replace") for line in rest.values() if line)
             return
         time.sleep(FOLLOW_S)
 

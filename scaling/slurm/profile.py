@@ -4,9 +4,13 @@ Every value that reaches ``sbatch``, a shell or a path is whitelisted here, once
 quoted or not and means the same. The exception is ``setup``, which *is* shell code.
 """
 
+import contextlib
+import grp
 import os
+import pwd
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -77,7 +81,7 @@ class ClusterProfile(Frozen):
     larger: tuple[ShapeRule, ...] = ()
     """Other shapes for larger runs; the last rule that holds overrides ``shape``."""
     max_parallel: Count = 64
-    """Runs that execute at once, per submission."""
+    """Runs of a sweep that execute at once."""
     array_size: Annotated[int, Field(ge=1)] | None = None
     """Most runs in one array; None: what the cluster's MaxArraySize allows."""
     signal_lead_s: Annotated[int, Field(ge=30, le=3600)] = 300
@@ -118,6 +122,11 @@ class ClusterProfile(Frozen):
                     "same GPUs; set max_parallel = 1"
                 )
         for s in self.shapes():
+            if s.gpus_per_node not in (0, s.tasks_per_node):
+                raise ValueError(
+                    f"gpus_per_node = {s.gpus_per_node} with tasks_per_node = {s.tasks_per_node}: "
+                    "one rank computes on one GPU"
+                )
             if self.executor == "slurm" and s.time_min * 60 <= self.signal_lead_s:
                 raise ValueError(
                     f"time_min = {s.time_min} leaves nothing before the signal at "
@@ -160,11 +169,21 @@ class ClusterProfile(Frozen):
         return shape
 
 
+@contextlib.contextmanager
+def private_files() -> Iterator[None]:
+    """Files made meanwhile, by processes started meanwhile too, are nobody else's to read."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def check_owner(*paths: Path) -> None:
     """Refuse folders that somebody else could have put there; those that do not exist pass.
 
     Raises:
-        ConfigError: one belongs to another user (but root), is a symbolic link, or anybody may
+        ConfigError: one belongs to another user (but root), is a symbolic link, or others may
             write to it.
     """
     for path in paths:
@@ -179,8 +198,23 @@ def check_owner(*paths: Path) -> None:
                 f"{path}: belongs to user {about.st_uid}, and you are {os.getuid()}: jobs run only "
                 "what is your own; choose another --root"
             )
-        if about.st_mode & stat.S_IWOTH and not about.st_mode & stat.S_ISVTX:
+        if about.st_mode & stat.S_ISVTX:
+            continue
+        if about.st_mode & stat.S_IWOTH:
             raise ConfigError(f"{path}: anybody may write to it; chmod o-w {path}")
+        if about.st_mode & stat.S_IWGRP and not _own_group(about.st_gid):
+            raise ConfigError(
+                f"{path}: all of group {about.st_gid} may write to it, and jobs run what lies "
+                f"there; chmod g-w {path}"
+            )
+
+
+def _own_group(gid: int) -> bool:
+    """Whether a group is the user's private one, of the same name."""
+    try:
+        return grp.getgrgid(gid).gr_name == pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return False
 
 
 def safe_root(root: Path) -> Path:
@@ -191,6 +225,8 @@ def safe_root(root: Path) -> Path:
             not the user's own.
     """
     path = Path(root).absolute()
+    if ".." in path.parts:  # Python takes it out of the paths that it imports from
+        path = path.resolve()
     if not SAFE_PATH.fullmatch(str(path)):
         raise ConfigError(
             f"{str(path)!r}: the root folder's path reaches job scripts, where only letters, "

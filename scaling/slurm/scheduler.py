@@ -4,8 +4,8 @@ A query that fails, hangs, or prints what we cannot read never raises and never 
 the snapshot then says that nobody answered, and why.
 """
 
-import getpass
 import os
+import pwd
 import re
 import socket
 import subprocess
@@ -19,7 +19,9 @@ from scaling.slurm.state import NODE, Job, Phase, Snapshot, Word, meaning
 
 TIMEOUT_S = 30.0
 """Longest wait for one Slurm command. [seconds]"""
-OVERRIDES = re.compile(r"(SBATCH|SQUEUE|SACCT|SCANCEL|SINFO|SRUN|SLURM)_\w+")
+USERS = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@-]*")
+MOST_NAMES = 500
+OVERRIDES = re.compile(r"(SUBMITIT|SBATCH|SQUEUE|SACCT|SCANCEL|SINFO|SRUN|SLURM)_\w+")
 KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 _TIME = "%Y-%m-%dT%H:%M:%S"
 
@@ -83,9 +85,16 @@ def look(attempts: Iterable[Attempt], *, history: bool = True) -> Snapshot:
             slurm.append((key, attempt))
     if not slurm:
         return Snapshot(jobs)
-    names = ",".join(sorted({token for (token, _), _ in slurm}))
+    tokens = sorted({token for (token, _), _ in slurm})
+    # One word of a command holds 128 KiB; who has more submissions under way gets all jobs listed.
+    names = [f"--name={','.join(tokens)}"] if len(tokens) <= MOST_NAMES else []
+    # Jobs of other people cannot speak for ours, whatever they are called.
+    users = ",".join(sorted({str(a.intent.get("user") or user_name()) for _, a in slurm}))
+    if not USERS.fullmatch(users):
+        return Snapshot(jobs, False, f"{users!r} in an intent is no user's name")
+    whose = f"--user={users}"
     ok, output = command(
-        "squeue", "--noheader", "--array", "--states=all", f"--name={names}",
+        "squeue", "--noheader", "--array", "--states=all", whose, *names,
         "--format=%F|%K|%T|%e|%r|%N|%j",
     )  # fmt: skip
     queue = _parse_squeue(output) if ok else None
@@ -97,7 +106,7 @@ def look(attempts: Iterable[Attempt], *, history: bool = True) -> Snapshot:
         return Snapshot(jobs)
     oldest = min(float(a.intent["time"]) for a in unseen) - 86_400
     ok, output = command(
-        "sacct", "--noheader", "--allocations", "--parsable2", f"--name={names}",
+        "sacct", "--noheader", "--allocations", "--parsable2", whose, *names,
         f"--starttime={time.strftime(_TIME, time.localtime(oldest))}",
         "--format=JobID,State,End,NodeList,JobName",
     )  # fmt: skip
@@ -111,9 +120,16 @@ def look(attempts: Iterable[Attempt], *, history: bool = True) -> Snapshot:
 
 def queued_jobs() -> int | None:
     """Jobs that this user has in the queue, pending array elements one by one; None if unknown."""
-    ok, output = command("squeue", "--noheader", "--array", f"--user={getpass.getuser()}",
-                         "--format=%i")  # fmt: skip
+    ok, output = command("squeue", "--noheader", "--array", f"--user={user_name()}", "--format=%i")
     return len(output.splitlines()) if ok else None
+
+
+def user_name() -> str:
+    """The user whose jobs these are, by the system's word and not by a variable's."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def _accounting_is_off(message: str) -> bool:

@@ -116,6 +116,8 @@ BAD_NODE = ("node_fail", "launch")
 BAD_NODE_AFTER = 2
 """Failures of this kind after which a node is not used any more. One of an attempt on several nodes
 counts in parts."""
+BLAMED_S = 86_400.0
+"""So long a failure speaks against a node. [seconds]"""
 
 LAUNCH_HELD = "launch_failed_requeued_held"
 """Slurm's reason for holding a job that a node could not start."""
@@ -232,16 +234,35 @@ def is_cancelled(attempts: Sequence[Attempt]) -> bool:
     return cancelled
 
 
-def bad_nodes(attempts: Iterable[Attempt]) -> list[str]:
-    """Nodes on which attempts of any runs failed as only a bad node fails, sorted. Pure."""
+def bad_nodes(attempts: Iterable[Attempt], now: float) -> list[str]:
+    """Nodes on which attempts of a sweep failed as only a bad node fails, sorted. Pure.
+
+    A node's failures are forgotten after a day, and when a job has begun on it since. Where it
+    would be more than half of all nodes met, it is not the nodes.
+
+    Args:
+        now: times only decide how long a node is blamed. [unix seconds]
+    """
+    attempts = list(attempts)
+    begun: dict[str, float] = {}
+    for attempt in attempts:
+        for node in _nodes(attempt.claim or {}):
+            begun[node] = max(begun.get(node, 0.0), float((attempt.claim or {}).get("time", 0.0)))
     blame: defaultdict[str, Fraction] = defaultdict(Fraction)
     for attempt in attempts:
         if attempt.end is None or attempt.end["class"] not in BAD_NODE:
             continue
-        nodes = attempt.end.get("nodes") or (attempt.claim or {}).get("nodes") or []
-        for node in filter(NODE.fullmatch, map(str, nodes)):
-            blame[node] += Fraction(1, len(nodes))
-    return sorted(node for node, count in blame.items() if count >= BAD_NODE_AFTER)
+        nodes = _nodes(attempt.end) or _nodes(attempt.claim or {})
+        failed = float(attempt.end.get("time", now))
+        for node in nodes:
+            if now - failed < BLAMED_S and begun.get(node, 0.0) <= failed:
+                blame[node] += Fraction(1, len(nodes))
+    bad = sorted(node for node, count in blame.items() if count >= BAD_NODE_AFTER)
+    return bad if len(bad) <= max(1, len({*begun, *blame}) // 2) else []
+
+
+def _nodes(record: Mapping[str, Any]) -> list[str]:
+    return [node for node in map(str, record.get("nodes") or ()) if NODE.fullmatch(node)]
 
 
 def derive(facts: Facts, snapshot: Snapshot, now: float, rules: Rules = DEFAULT_RULES) -> Verdict:
@@ -305,7 +326,7 @@ def _of_job(
         if job.ended is not None and now - job.ended < rules.settle_s:
             return Verdict(last, stale="ended; its records may still arrive", **known)
         if word.cause == "cancelled":
-            return Verdict(State.CANCELLED, cause="cancelled", evidence=job.word, **known)
+            return _ended(facts, "cancelled", job.word, known)
         cause = "launch" if word.cause == "crashed" and not newest.claim else word.cause
         evidence = f"Slurm says {job.word}; the job left no record"
         if cause in UNEXPLAINED and facts.explained:
@@ -330,6 +351,8 @@ def _of_job(
 def _ended(facts: Facts, cause: str, evidence: str, known: dict[str, Any]) -> Verdict:
     if cause in NEVER_ACCEPTED:
         return Verdict(State.PLANNED, cause=cause, evidence=evidence, start=True, **known)
+    if cause == "cancelled":
+        return Verdict(State.CANCELLED, cause=cause, evidence=evidence, **known)
     limit = FRUITLESS_LIMIT.get(cause, 0)
     count = fruitless(facts)
     start = count < limit

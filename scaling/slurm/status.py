@@ -100,7 +100,7 @@ def read_facts(run: RunDir) -> Facts:
         for attempt in attempts:
             if not {"token", "index", "executor", "step", "time"} <= attempt.intent.keys():
                 raise ClueError(f"{run.path}: attempt {attempt.number} has no valid intent")
-    except ClueError as e:
+    except (ClueError, OSError) as e:
         return Facts(run.run_key, damage=str(e), steps=steps)
     committed = max(run.committed_steps(), default=0)
     return Facts(run.run_key, None, committed, attempts, steps=steps)
@@ -117,7 +117,10 @@ def status_row(run: RunDir, facts: Facts, verdict: Verdict) -> Row:
         last wrote metrics), ``stalled``, ``cause`` and ``evidence`` of a failure, ``held``,
         ``stale`` (why the state is only the last one known, or None), ``over``.
     """
-    progress = _result_progress(run, facts) if facts.result else _progress(run)
+    try:
+        progress = _result_progress(run, facts) if facts.result else _progress(run)
+    except (ClueError, OSError, KeyError, TypeError):
+        progress = Progress(gpu_hours=None)  # metrics that are torn, foreign, or gone for a moment
     attempts = facts.attempts
     first = attempts[0].intent if attempts else _record(run, 1, "intent") if facts.newest else {}
     job_id = verdict.job_id
@@ -203,11 +206,7 @@ def _progress(run: RunDir) -> Progress:
                     losses[row["kind"]] = row["loss"]
         if step is not None and None not in losses.values():
             break
-    try:
-        spent = run.gpu_hours()
-    except ClueError:
-        spent = None  # a metrics file whose first line is torn
-    return Progress(step or 0, losses["pool"], losses["train"], age, pace, spent)
+    return Progress(step or 0, losses["pool"], losses["train"], age, pace, run.gpu_hours())
 
 
 def _whole_rows(data: bytes) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ Identity, records, verdicts and retries are ours (``docs/decisions/0003-submissi
 ``scaling.slurm.launcher`` has what submitit does.
 """
 
-import getpass
 import logging
 import platform
 import re
@@ -12,7 +11,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ from scaling import ClueError, __version__
 from scaling.config import RunConfig
 from scaling.files import write_json
 from scaling.rundir import Attempt, RunDir, chunk_folder
+from scaling.slurm.failures import refused_as
 from scaling.slurm.launcher import Refused, array_script, start_array, start_process
 from scaling.slurm.profile import ClusterProfile, Shape
-from scaling.slurm.scheduler import command, process_identity, queued_jobs
-from scaling.slurm.state import Facts, State, Verdict
+from scaling.slurm.scheduler import command, process_identity, queued_jobs, user_name
+from scaling.slurm.state import Facts, Phase, State, Verdict, meaning
 
 log = logging.getLogger(__name__)
 SWEEP = re.compile(r"[a-z0-9][a-z0-9_-]{0,80}")
@@ -72,6 +72,14 @@ class Submitted:
 
 
 @dataclass(frozen=True)
+class Started:
+    """What a pass started, and why it did not start more."""
+
+    submitted: list[Submitted]
+    held: str = ""
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Runs that one job array may hold: of one shape, and one state of the code."""
 
@@ -89,10 +97,11 @@ def start_attempts(
     exclude: Sequence[str] = (),
     others: Sequence[Attempt] = (),
     excess: Callable[[], float] | None = None,
-) -> list[Submitted]:
+) -> Started:
     """Give every candidate a new attempt, unless somebody else is just doing so.
 
     Args:
+        candidates: their attempts before have ended, by record.
         exclude: nodes not to be used, besides the profile's.
         others: attempts of the sweep that are queued or running.
         excess: by how much the sweep's spendings and reservations exceed its budget, read anew.
@@ -104,23 +113,21 @@ def start_attempts(
     """
     check_name(sweep)
     local = profile.executor == "local"
-    if not local:
-        candidates = _within_known_limit(candidates)
     if not candidates:
-        return []
+        return Started([])
     chunks = split(candidates, profile, 1 if local else array_size(profile))
     free = profile.max_parallel - _occupied(others)
     done: list[Submitted] = []
     for chunk in chunks:
         if free <= 0 and not local:
-            break  # those that wait would run beside max_parallel others
+            return Started(done, f"max_parallel = {profile.max_parallel} are queued or running")
         parallel = max(1, min(free, profile.max_parallel // len(chunks)))
-        submitted, complete = _submit_chunk(root, chunk, profile, sweep, parallel, exclude, excess)
-        done += submitted
-        free -= min(parallel, len(submitted))
-        if not complete:
-            break  # at a limit: the rest stays planned for the next sync
-    return done
+        started = _submit_chunk(root, chunk, profile, sweep, parallel, exclude, excess)
+        done += started.submitted
+        free -= min(parallel, len(started.submitted))
+        if started.held:
+            return Started(done, started.held)  # the rest stays planned for the next sync
+    return Started(done)
 
 
 def scripts(
@@ -186,31 +193,41 @@ def array_size(profile: ClusterProfile) -> int:
     return min(allowed, profile.array_size or allowed)
 
 
-def _within_known_limit(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-    """As many candidates as a submit limit met before leaves room for.
+def within_known_limit(
+    candidates: Sequence[Candidate], profile: ClusterProfile
+) -> tuple[Sequence[Candidate], str]:
+    """As many candidates as a submit limit that this profile met leaves room for, and why not more.
 
     Raises:
         Unreachable: the cluster does not answer.
     """
-    ends = [c.facts.attempts[-1].end for c in candidates if c.facts.attempts]
-    met = [e for e in ends if e and e["class"] == "limit" and e.get("queued") is not None]
-    if not met:
-        return candidates
-    newest = max(met, key=lambda e: float(e["time"]))
-    if time.time() - float(newest["time"]) > LIMIT_TRUSTED_S:
-        return candidates
+    refused = [c.facts.attempts[-1] for c in candidates if c.facts.attempts]
+    met = [
+        a.end
+        for a in refused
+        if a.end
+        and a.end["class"] == "limit"
+        and a.end.get("queued") is not None
+        and a.intent.get("profile") == profile.name
+    ]
+    newest = max(met, key=lambda end: float(end["time"]), default=None)
+    if newest is None or time.time() - float(newest["time"]) > LIMIT_TRUSTED_S:
+        return candidates, ""
     queued = queued_jobs()
     if queued is None:
         raise Unreachable("nothing submitted: squeue does not say how many jobs are queued")
-    return candidates[: max(0, int(newest["queued"]) - queued)]
+    room = max(0, int(newest["queued"]) - queued)
+    held = f"at a submit limit of {newest['queued']} queued jobs"
+    return candidates[:room], held if room < len(candidates) else ""
 
 
 def _occupied(attempts: Sequence[Attempt]) -> int:
     """Runs that arrays already in the queue may execute at once."""
-    waiting: dict[str, list[int]] = {}
+    waiting: dict[tuple[str, str], list[int]] = {}
     for attempt in attempts:
+        array = str((attempt.submit or {}).get("job_id", "")).partition("_")[0]
         parallel = int(attempt.intent.get("parallel", 1))
-        waiting.setdefault(str(attempt.intent["token"]), []).append(parallel)
+        waiting.setdefault((str(attempt.intent["token"]), array), []).append(parallel)
     return sum(min(each[0], len(each)) for each in waiting.values())
 
 
@@ -226,27 +243,31 @@ def _submit_chunk(
     parallel: int,
     exclude: Sequence[str],
     excess: Callable[[], float] | None,
-) -> tuple[list[Submitted], bool]:
-    """Returns the new attempts, and whether there may be room for more."""
+) -> Started:
     token = f"{sweep}-{secrets.token_hex(5)}"
-    won = _intend(chunk, profile, sweep, token, parallel, exclude)
-    complete = True
-    if excess is not None:
-        kept = _withdraw(won, excess())
-        complete = kept == won
-        won = kept
-    if not won:
-        return [], complete
-    write_json(
-        chunk_folder(root, sweep, token) / "chunk.json",
-        {"schema_version": 1, "token": token, "runs": [c.run.run_key for c, _ in won]},
-    )
-    if profile.executor == "local":
-        return [_start_here(root, sweep, token, c, n, chunk.shape) for c, n in won], complete
-    submitted, all_accepted = _sbatch(
-        root, sweep, token, won, chunk, profile, parallel, _excluded(profile, exclude)
-    )
-    return submitted, complete and all_accepted
+    won: list[tuple[Candidate, int]] = []
+    held = ""
+    try:
+        _intend(chunk, profile, sweep, token, parallel, exclude, won)
+        if excess is not None:
+            kept = _withdraw(won, excess())
+            held = "" if kept == won else "the budget is reserved by another login"
+            won = kept
+        if not won:
+            return Started([], held)
+        write_json(
+            chunk_folder(root, sweep, token) / "chunk.json",
+            {"schema_version": 1, "token": token, "runs": [c.run.run_key for c, _ in won]},
+        )
+        if profile.executor == "local":
+            return Started([_start_here(root, sweep, token, *won[0], chunk.shape)], held)
+    except BaseException:
+        # Nothing was asked of the scheduler yet: nobody has to wait for a job.
+        for c, number in won:
+            _end(c.run, number, "withdrawn", "the submission was interrupted")
+        raise
+    started = _sbatch(root, sweep, token, won, chunk, profile, parallel, exclude)
+    return Started(started.submitted, started.held or held)
 
 
 def _intend(
@@ -256,11 +277,10 @@ def _intend(
     token: str,
     parallel: int,
     exclude: Sequence[str],
-) -> list[tuple[Candidate, int]]:
-    """Create the intents of a chunk; returns those won, with the numbers of their attempts."""
-    won: list[tuple[Candidate, int]] = []
+    won: list[tuple[Candidate, int]],
+) -> None:
+    """Create the intents of a chunk; adds those won, with their numbers, to ``won``."""
     for c in chunk.candidates:
-        _close(c)
         number = (c.facts.attempts[-1].number if c.facts.attempts else 0) + 1
         intent = {
             "token": token,
@@ -280,7 +300,7 @@ def _intend(
             "estimate_gpu_hours": c.estimate,
             "allowance_gpu_hours": c.allowance,
             "host": socket.gethostname(),
-            "user": getpass.getuser(),
+            "user": user_name(),
             "time": time.time(),
             "versions": {
                 "scaling": __version__,
@@ -290,7 +310,6 @@ def _intend(
         }
         if c.run.record(number, "intent", intent):  # otherwise another process was faster
             won.append((c, number))
-    return won
 
 
 def _withdraw(won: list[tuple[Candidate, int]], excess: float) -> list[tuple[Candidate, int]]:
@@ -320,8 +339,8 @@ def _sbatch(
     chunk: Chunk,
     profile: ClusterProfile,
     parallel: int,
-    exclude: str | None,
-) -> tuple[list[Submitted], bool]:
+    exclude: Sequence[str],
+) -> Started:
     """Submit a chunk as one array, or at a submit limit the largest arrays that it allows.
 
     Raises:
@@ -334,10 +353,12 @@ def _sbatch(
         try:
             job_ids = start_array(
                 root, sweep, token, part, chunk.shape, profile,
-                code=chunk.code, parallel=parallel, exclude=exclude,
+                code=chunk.code,
+                parallel=max(1, parallel * len(part) // len(won)),
+                exclude=_excluded(profile, exclude),
             )  # fmt: skip
-        except Refused as e:
-            cause = _cause(str(e))
+        except (Refused, OSError, ClueError) as e:
+            cause = refused_as(str(e)) if isinstance(e, Refused) else "rejected"
             if cause == "limit" and len(part) > 1:
                 size = len(part) // 2
                 continue
@@ -351,10 +372,8 @@ def _sbatch(
             queued = queued_jobs() if cause == "limit" else None
             for c, number in won[begin:]:
                 _end(c.run, number, cause, str(e), queued=queued)
-            if cause == "limit":
-                log.warning("at a submit limit; the rest stays planned: %s", e)
             if cause == "limit" or done:
-                return done, False
+                return Started(done, f"sbatch: {(str(e).splitlines() or ['refused'])[-1]}")
             error = Unreachable if cause == "unreachable" else SubmissionError
             raise error(f"sbatch refused {len(won)} runs: {e}") from None
         for i, job_id in zip(part, job_ids, strict=True):
@@ -364,45 +383,38 @@ def _sbatch(
         begin = part.stop
         if size < len(won):
             size = max(1, size // 2)  # twice as many were refused: there is room for less
-    return done, True
+    return Started(done)
 
 
-LIMIT = re.compile(r"AssocMax|AssocGrp|QOSMax|QOSGrp|MaxSubmit|submit limit|accounting/QOS", re.I)
-UNREACHABLE = re.compile(r"Unable to contact slurm controller|Connection refused", re.I)
-REJECTED = re.compile(
-    r"\bInvalid\b|not available|denied|not permitted|unrecognized option|Unable to open file"
-    r"|Requested node configuration|No partition|command not found|Memory specification",
-    re.I,
-)
+def close(run: RunDir, facts: Facts, verdict: Verdict) -> Facts:
+    """Record how the newest attempt ended where its job could not.
 
+    Nobody then has to ask Slurm again, nor Slurm to remember, and what it reserved is free.
 
-def _cause(message: str) -> str | None:
-    """Why sbatch certainly accepted nothing; None where it may have.
-
-    ``Socket timed out`` and the like say nothing: the job may come.
+    Returns:
+        The facts with that record.
     """
-    patterns = (("limit", LIMIT), ("unreachable", UNREACHABLE), ("rejected", REJECTED))
-    return next((cause for cause, pattern in patterns if pattern.search(message)), None)
-
-
-def _close(candidate: Candidate) -> None:
-    """Record how the last attempt ended where its job could not, before a new one is made.
-
-    The new job then need not ask Slurm, nor Slurm remember.
-    """
-    verdict, attempts = candidate.verdict, candidate.facts.attempts
-    if not attempts or attempts[-1].end is not None:
-        return
+    if not facts.attempts or facts.attempts[-1].end is not None or verdict.stale:
+        return facts
+    newest = facts.attempts[-1]
+    word = meaning(verdict.job_state) if verdict.job_state is not None else None
+    gone = verdict.job_state is None or (word is not None and word.phase is Phase.ENDED)
     if verdict.state in (State.FAILED, State.LOST):
-        _end(
-            candidate.run, attempts[-1].number, str(verdict.cause), verdict.evidence,
-            step=candidate.facts.committed,
-            generation=max(candidate.run.generations(), default=0),
-            nodes=[verdict.node] if verdict.node else None,
-        )  # fmt: skip
-    if verdict.job_state is not None and verdict.cause == "launch":
-        # Slurm may still hold it, until somebody releases it.
-        command("scancel", f"--name={attempts[-1].intent['token']}", str(verdict.job_id))
+        cause, evidence = str(verdict.cause), verdict.evidence
+    elif verdict.state is State.CANCELLED and gone and newest.intent["executor"] != "none":
+        cause, evidence = "cancelled", verdict.evidence
+    else:
+        return facts
+    _end(
+        run, newest.number, cause, evidence,
+        step=facts.committed,
+        generation=max(run.generations(), default=0),
+        nodes=[verdict.node] if verdict.node else None,
+    )  # fmt: skip
+    if cause == "launch" and not gone:
+        # Slurm holds it until somebody releases it.
+        command("scancel", f"--name={newest.intent['token']}", str(verdict.job_id))
+    return replace(facts, attempts=tuple(run.attempts()))
 
 
 def _end(run: RunDir, number: int, cause: str, evidence: str, **more: Any) -> None:

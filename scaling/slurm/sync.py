@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from scaling import ClueError
 from scaling.config import RunConfig
 from scaling.rundir import Attempt, RunDir
 from scaling.slurm.budget import Prices, committed_hours, excess, grant, read_budget
 from scaling.slurm.code import archive, digest_of_package
-from scaling.slurm.profile import ClusterProfile, safe_root
+from scaling.slurm.profile import ClusterProfile, private_files, safe_root
 from scaling.slurm.state import Rules, State, Verdict, bad_nodes, is_cancelled
 from scaling.slurm.status import Row, Survey, status, status_row, survey
 from scaling.slurm.submission import (
@@ -26,8 +25,10 @@ from scaling.slurm.submission import (
     Submitted,
     Unreachable,
     array_size,
+    close,
     scripts,
     start_attempts,
+    within_known_limit,
 )
 
 log = logging.getLogger(__name__)
@@ -35,17 +36,19 @@ WATCH_S = {"slurm": 60.0, "local": 0.5}
 """Between two looks of a watching sync. [seconds]"""
 PATIENT_S = 600.0
 """Longest time between two looks at a scheduler that does not answer. [seconds]"""
-Code = Literal["keep", "new"]
 
 
 @dataclass(frozen=True)
 class Orders:
     """What a person said beyond "go on"."""
 
+    person: bool = False
+    """A person submits: a submit limit that was met before is tried again."""
     retry_failed: bool = False
     """Give failed, cancelled and lost runs a new attempt, too."""
-    code: Code | None = None
-    """What runs with committed steps go on with, where the code has changed since."""
+    new_code: bool | None = None
+    """Whether runs with committed steps go on with the code that is here now, where it is not that
+    of their last attempt; None: that is asked, where a person retries them."""
     allow_drift: bool = False
     """They may go on with other packages."""
 
@@ -57,7 +60,7 @@ def submit(
     *,
     sweep: str,
     retry_failed: bool = False,
-    code: Code | None = None,
+    new_code: bool | None = None,
     allow_drift: bool = False,
 ) -> list[Row]:
     """Submit what is missing of these runs; doing it twice submits nothing twice.
@@ -68,8 +71,8 @@ def submit(
     Args:
         sweep: name of the sweep's folder below ``<root>/sweeps``.
         retry_failed: also give failed, cancelled and lost runs a new attempt.
-        code: what runs that have committed steps go on with, where the code has changed since:
-            ``keep`` what they began with, or ``new``.
+        new_code: whether runs that have committed steps go on with the code that is here now,
+            where it has changed since, or with what they ran.
         allow_drift: go on with other versions of the packages that matter.
 
     Returns:
@@ -80,10 +83,11 @@ def submit(
         ConfigError: a run does not fit the profile.
         CorpusError: a run's corpus is not prepared below ``root``.
         SubmissionError: the scheduler refused, or does not answer.
-        ClueError: runs to be retried began with other code, and ``code`` does not say which.
+        ClueError: runs to be retried ran other code, and ``new_code`` does not say which.
     """
     check_runs(root, [run.spec() for run in runs], profile)
-    return _pass(root, runs, profile, sweep, Orders(retry_failed, code, allow_drift))
+    orders = Orders(True, retry_failed, new_code, allow_drift)
+    return _pass(root, runs, profile, sweep, orders)
 
 
 def check_runs(root: Path, configs: Iterable[RunConfig], profile: ClusterProfile) -> None:
@@ -119,7 +123,7 @@ def preview(
     *,
     sweep: str,
     retry_failed: bool = False,
-    code: Code | None = None,
+    new_code: bool | None = None,
 ) -> Preview:
     """What ``submit`` would do with these runs now, which need no folders yet; touches nothing.
 
@@ -131,22 +135,18 @@ def preview(
     snapshot, derived = survey(runs, _rules(profile))
     if not snapshot.answered:
         raise Unreachable(f"nothing submitted: {snapshot.note}")
-    orders = Orders(retry_failed, code)
-    candidates = _candidates(derived, dict(zip(runs, configs, strict=True)), profile, orders)
-    chosen = {c.run.run_key for c in candidates}
-    rows = [
-        status_row(*one) | {"action": "submit" if one[0].run_key in chosen else None}
-        for one in derived
-    ]
+    if profile.executor == "slurm":
+        array_size(profile)  # asks the cluster, as a submission would
+    orders = Orders(True, retry_failed, new_code)
+    candidates, held = _choose(root, derived, profile, sweep, orders, configs=configs)
+    rows = _rows(derived, {c.run.run_key: None for c in candidates}, held)
     arrays = []
-    if profile.executor == "slurm" and candidates:
-        exclude = bad_nodes(_attempts(derived))
+    if profile.executor == "slurm":
+        exclude = bad_nodes(_attempts(derived), time.time())
         arrays = [
             (len(chunk.candidates), script)
             for chunk, script in scripts(root, candidates, profile, sweep, exclude)
         ]
-    elif profile.executor == "slurm":
-        array_size(profile)  # asks the cluster, as a submission would
     return Preview(rows, arrays)
 
 
@@ -203,55 +203,96 @@ def _pass(
 ) -> list[Row]:
     root = safe_root(root)
     snapshot, derived = survey(runs, _rules(profile))
-    held = ""
-    candidates: list[Candidate] = []
-    if snapshot.answered:  # an unknown state changes nothing: it must not hide a job that runs
-        configs = {run: run.spec() for run, _, v in derived if _wanted(v, orders.retry_failed)}
-        full = [v for _, _, v in derived if v.cause == "disk_full" and not v.start]
-        if full and not orders.retry_failed:
-            held = f"{full[0].evidence}: nothing is started until submit --retry-failed says so"
-        else:
-            candidates = _candidates(derived, configs, profile, orders)
-    prices = Prices.read(root, sweep) if candidates else None
-    if prices is not None:
-        candidates = [_priced(c, prices, profile) for c in candidates]
-    budget = read_budget(root, sweep)
-    if budget is not None and candidates:
-        facts = {run.run_key: known for run, known, _ in derived}
-        starting = frozenset(c.run.run_key for c in candidates)
-        asked = candidates
-        candidates = grant(asked, budget - committed_hours(runs, facts, starting))
-        if len(candidates) < len(asked):
-            held = f"the budget of {budget:g} GPU-hours is reserved"
-    if profile.executor == "local":
+    if not snapshot.answered:  # an unknown state changes nothing: it must not hide a job that runs
+        return _rows(derived, {}, "")
+    with private_files():
+        derived = [(run, close(run, facts, verdict), verdict) for run, facts, verdict in derived]
         busy = sum(v.state in (State.QUEUED, State.RUNNING) for _, _, v in derived)
-        candidates = candidates[: max(0, profile.max_parallel - busy)]
-    if candidates:
-        archive(root)
-    started = start_attempts(
-        root,
-        candidates,
-        profile,
-        sweep,
-        exclude=bad_nodes(_attempts(derived)),
-        others=[
-            f.attempts[-1]
-            for _, f, v in derived
-            if f.attempts and v.state in (State.QUEUED, State.RUNNING)
-        ],
-        excess=None if budget is None else lambda: excess(runs, budget),
-    )
-    return _rows(derived, {s.run_key: s for s in started}, held)
+        room = max(0, profile.max_parallel - busy)
+        candidates, held = _choose(root, derived, profile, sweep, orders, room=room)
+        if candidates:
+            archive(root)
+        budget = read_budget(root, sweep)
+        started = start_attempts(
+            root,
+            candidates,
+            profile,
+            sweep,
+            exclude=bad_nodes(_attempts(derived), time.time()),
+            others=[
+                f.attempts[-1]
+                for _, f, v in derived
+                if f.attempts and v.state in (State.QUEUED, State.RUNNING)
+            ],
+            excess=None if budget is None else lambda: excess(runs, budget),
+        )
+    new = {s.run_key: s for s in started.submitted}
+    return _rows(derived, new, held or started.held)
 
 
-def _rows(derived: Survey, started: Mapping[str, Submitted], held: str) -> list[Row]:
+def _choose(
+    root: Path,
+    derived: Survey,
+    profile: ClusterProfile,
+    sweep: str,
+    orders: Orders,
+    *,
+    room: int | None = None,
+    configs: Sequence[RunConfig] | None = None,
+) -> tuple[list[Candidate], str]:
+    """Runs that get a new attempt now, on what terms, and why no others do.
+
+    Args:
+        room: runs that may start on this host, where others start as these end; None: all.
+        configs: of the runs; None: their folders say it.
+
+    Raises:
+        ClueError: some ran other code, and nobody said which to go on with.
+    """
+    if not orders.retry_failed:
+        for _, _, v in derived:
+            if v.cause == "disk_full" and not v.start:
+                return [], f"{v.evidence}: nothing is started until submit --retry-failed"
+    candidates = _candidates(derived, orders, configs)
+    held = ""
+    if profile.executor == "local":
+        candidates = candidates[:room]
+    elif candidates and not orders.person:
+        within, held = within_known_limit(candidates, profile)
+        candidates = list(within)
+    if not candidates:
+        return [], held
+    if (prices := Prices.read(root, sweep)) is not None:
+        candidates = [_priced(c, prices, profile) for c in candidates]
+    if (budget := read_budget(root, sweep)) is not None:
+        try:
+            taken = committed_hours(
+                [run for run, _, _ in derived], {run.run_key: f for run, f, _ in derived}
+            )
+            granted = grant(candidates, budget - taken)
+        except ClueError as e:  # what cannot be told may be too much
+            return [], str(e)
+        if len(granted) < len(candidates):
+            held = f"the budget of {budget:g} GPU-hours is reserved"
+        candidates = granted
+    return candidates, held
+
+
+def _rows(derived: Survey, started: Mapping[str, Submitted | None], held: str) -> list[Row]:
+    """Rows of all runs.
+
+    Args:
+        started: what was submitted, by run key; None for what would be.
+        held: why other runs that could start do not.
+    """
     rows = []
     for run, facts, verdict in derived:
-        if (new := started.get(run.run_key)) is not None:
+        chosen, new = run.run_key in started, started.get(run.run_key)
+        if new is not None:
             verdict = Verdict(State.QUEUED, new.attempt, new.job_id)
         row = status_row(run, facts, verdict)
-        row["action"] = None if new is None else "submit"
-        row["waiting"] = held if held and verdict.start and new is None else None
+        row["action"] = "submit" if chosen else None
+        row["waiting"] = held if held and verdict.start and not chosen else None
         rows.append(row)
     if not any(row["state"] in (State.QUEUED, State.RUNNING) for row in rows):
         for row in rows:  # what is held back for a person does not go on by itself
@@ -265,49 +306,45 @@ def _wanted(verdict: Verdict, retry_failed: bool) -> bool:
 
 
 def _candidates(
-    derived: Survey,
-    configs: Mapping[RunDir, RunConfig],
-    profile: ClusterProfile,
-    orders: Orders,
+    derived: Survey, orders: Orders, configs: Sequence[RunConfig] | None
 ) -> list[Candidate]:
-    """Runs that get a new attempt, each with the code that it is to run.
-
-    Raises:
-        ClueError: some began with other code, and nobody said which to go on with.
-    """
-    now = digest_of_package()
     candidates, changed = [], []
-    for run, facts, verdict in derived:
+    now = ""
+    for i, (run, facts, verdict) in enumerate(derived):
         if not _wanted(verdict, orders.retry_failed):
             continue
-        began = _code_of(facts.attempts) if facts.committed else None
-        code = now if began is None or orders.code == "new" else began
-        if code != now and orders.retry_failed and orders.code is None:
+        now = now or digest_of_package()
+        newest = facts.attempts[-1] if facts.attempts else None
+        ran = _code_of(facts.attempts) if facts.committed else None
+        code = now if ran is None or orders.new_code else ran
+        if code != now and orders.retry_failed and orders.new_code is None:
             changed.append(run.run_key)
+        # What a person said holds until a job has heard it.
+        said = newest is not None and newest.claim is None and newest.intent.get("allow_drift")
         candidates.append(
             Candidate(
                 run,
-                configs[run],
+                configs[i] if configs else run.spec(),
                 facts,
                 verdict,
                 code,
                 again=orders.retry_failed and is_cancelled(facts.attempts),
-                allow_drift=orders.allow_drift,
+                allow_drift=orders.allow_drift or bool(said),
             )
         )
     if changed:
         raise ClueError(
             f"{len(changed)} runs ({', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''}) "
-            "have checkpoints and the code has changed since: go on with what they began with "
-            "(--code keep), or with what is here now (--code new)"
+            "have checkpoints and the code has changed since: go on with what they ran "
+            "(--keep-code), or with what is here now (--new-code)"
         )
     return candidates
 
 
 def _code_of(attempts: Sequence[Attempt]) -> str | None:
-    """The code that the newest attempt which a job claimed ran."""
-    ran = [a.intent.get("code") for a in attempts if a.claim]
-    return next((str(code) for code in reversed(ran) if code), None)
+    """The code that the newest attempt was to run."""
+    codes = (a.intent.get("code") for a in reversed(attempts))
+    return next((str(code) for code in codes if code), None)
 
 
 def _attempts(derived: Survey) -> list[Attempt]:
@@ -319,5 +356,5 @@ def _attempts(derived: Survey) -> list[Attempt]:
 
 
 def _priced(candidate: Candidate, prices: Prices, profile: ClusterProfile) -> Candidate:
-    estimated = prices.of(candidate.config, profile, candidate.facts.committed)
+    estimated = prices.of(candidate.run, candidate.config, profile)
     return candidate if estimated is None else replace(candidate, estimate=estimated.gpu_hours)

@@ -123,6 +123,7 @@ def train(
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
                 "time": time.time(),
+                "seconds": found.manifest["counters"]["seconds"] if found else 0.0,
                 **execution,
                 "settings": settings.model_dump(mode="json"),
             }

@@ -129,7 +129,7 @@ def test_only_packages_that_matter_drift(tmp_path, monkeypatch):
 
     class Package:
         def __init__(self, name):
-            self.metadata, self.version = {"Name": name}, versions[name]
+            self.metadata = {"Name": name, "Version": versions[name]}
 
     monkeypatch.setattr(environment.metadata, "distributions", lambda: map(Package, versions))
     first = environment.capture(tmp_path)["environment"]

@@ -2,7 +2,6 @@
 
 import heapq
 import json
-import os
 
 import pytest
 from hypothesis import given
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from scaling import ClueError
 from scaling.config import TrainSettings
-from scaling.rundir import Attempt
+from scaling.rundir import Attempt, append_line
 from scaling.slurm import budget, cost
 from scaling.slurm.cost import MARGIN, START_S, Rate, estimate, wall_hours
 from scaling.slurm.profile import ClusterProfile, Shape
@@ -42,6 +41,8 @@ def test_the_stated_model(config):
     half = estimate(config, 10**6, 3.6e18, GPUS, step=10)
     assert half.wall_hours == pytest.approx((seconds / 2 + 2 * START_S) / 3600)
     assert estimate(config, 10**6, 3.6e18, GPUS, step=20).wall_hours == START_S / 3600
+    slow = estimate(config, 10**6, 3.6e18, GPUS, start_s=600.0)
+    assert slow.wall_hours == pytest.approx((seconds + slices * 600) / 3600)
 
 
 def test_what_was_measured_beats_the_model(config):
@@ -113,13 +114,19 @@ def test_what_is_spent_and_what_is_reserved_is_not_free(make_runs):
     done, running, ended, planned = runs = make_runs(4)
 
     def attempt(number, allowance, **records):
-        intent = {"allowance_gpu_hours": allowance}
+        intent = {"allowance_gpu_hours": allowance, "executor": "slurm"}
         return Attempt(number, intent, None, None, records.get("cancel"), records.get("end"))
 
     def start(run, number, hours):
-        begun = {"resumed_from": 0, "attempt": number, "time": 0.0, "world_size": 2}
-        path = run.metrics_path(run.start_generation(begun))
-        os.utime(path, (1800 * hours, 1800 * hours))  # two ranks
+        """Of two ranks; half of the time before the first step, after an hour of another start."""
+        began = {"began": 5.0, "job_id": "1"}
+        first = {"attempt": number, "time": 5.0 + 900 * hours, "seconds": 3600.0, "world_size": 2}
+        generation = run.start_generation({"resumed_from": 0, "job": began, **first})
+        with open(run.metrics_path(generation), "ab") as file:
+            for share in (0.5, 1.0):
+                row = {"kind": "train", "step": 1, "seconds": 3600 + share * 900 * hours}
+                append_line(file, row)
+            file.write(b'{"kind": "train", "seconds": 1e9')  # torn
 
     start(running, 1, 3.0)
     start(running, 2, 1.0)
@@ -134,11 +141,16 @@ def test_what_is_spent_and_what_is_reserved_is_not_free(make_runs):
     }
     # 5 done, 3 and 1 spent by the running one and 9 still reserved, 2 spent by the one that ended
     assert budget.committed_hours(runs, facts) == pytest.approx(5 + 3 + 1 + 9 + 2)
-    lost = frozenset([running.run_key])
-    assert budget.committed_hours(runs, facts, lost) == pytest.approx(5 + 3 + 1 + 2)
-    before = Facts(running.run_key, attempts=(attempt(1, None),))
-    with pytest.raises(ClueError, match="before there was a budget"):
-        budget.committed_hours([running], {running.run_key: before})
+    cancelled = Facts(running.run_key, attempts=(attempt(1, 4.0, cancel={}),))
+    # until its end is known its job may go on
+    found = budget.committed_hours([running], {running.run_key: cancelled})
+    assert found == pytest.approx(3 + 1 + 1)
+    for unknown in (
+        Facts(running.run_key, attempts=(attempt(1, None),)),
+        Facts(running.run_key, damage="torn"),
+    ):
+        with pytest.raises(ClueError, match=r"without a budget|cannot be told: torn"):
+            budget.committed_hours([running], {running.run_key: unknown})
 
 
 def test_a_finished_run_of_before_counts_its_seconds():

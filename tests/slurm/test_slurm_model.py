@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from scaling.rundir import Attempt
-from scaling.slurm.job import predecessors, refusal
+from scaling.slurm.claims import predecessors, refusal
 from scaling.slurm.state import (
     Facts,
     Job,

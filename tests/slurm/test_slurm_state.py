@@ -141,6 +141,11 @@ def test_records_of_an_ended_job_have_time_to_arrive():
         ("gpu_oom", "FAILED", False),
         ("disk_full", "FAILED", False),
         ("some_new_class", "FAILED", False),
+        ("cancelled", "CANCELLED", False),
+        ("no_progress", "FAILED", False),
+        ("drift", "FAILED", False),
+        ("budget", "FAILED", True),
+        ("withdrawn", "PLANNED", True),
         ("stopped", "FAILED", True),
         ("comm", "FAILED", True),
         ("limit", "PLANNED", True),
@@ -239,21 +244,50 @@ def test_parsers():
     assert list(jobs) == [("s", 3)]
 
 
-def failed(cause="node_fail", nodes=("gpu1",), claimed=("gpu1",)):
-    end = {"class": cause} | ({"nodes": list(nodes)} if nodes else {})
-    return Attempt(1, {}, None, {"nodes": list(claimed)} if claimed else None, None, end)
+def failed(cause="node_fail", nodes=("gpu1",), claimed=("gpu1",), at=NOW):
+    end = {"class": cause, "time": at} | ({"nodes": list(nodes)} if nodes else {})
+    claim = {"nodes": list(claimed), "time": at - 1} if claimed else None
+    return Attempt(1, {}, None, claim, None, end)
+
+
+def begun(*nodes, at=NOW):
+    return Attempt(1, {}, None, {"nodes": list(nodes), "time": at}, None, None)
+
+
+OTHERS = begun(*(f"other{i}" for i in range(8)))
 
 
 def test_a_node_is_bad_after_two_failures_that_only_a_node_explains():
-    assert bad_nodes([failed()]) == []
-    assert bad_nodes([failed(), failed("launch")]) == ["gpu1"]
-    assert bad_nodes([failed("error")] * 9 + [failed("comm"), failed("gpu_oom")]) == []
-    assert bad_nodes([failed(nodes=())] * 2) == ["gpu1"]  # where its job had claimed
-    assert bad_nodes([failed(nodes=(), claimed=())] * 9) == []
+    def bad(*attempts):
+        return bad_nodes([*attempts, OTHERS], NOW)
+
+    assert bad(failed()) == []
+    assert bad(failed(), failed("launch")) == ["gpu1"]
+    assert bad(*[failed("error")] * 9, failed("comm"), failed("gpu_oom")) == []
+    assert bad(*[failed(nodes=())] * 2) == ["gpu1"]  # where its job had claimed
+    assert bad(*[failed(nodes=(), claimed=())] * 9) == []
     # one of two nodes is to blame, nobody knows which: both count by half
     wide = failed(nodes=("gpu1", "gpu2"))
-    assert bad_nodes([wide] * 3) == []
-    assert bad_nodes([wide, wide, failed()]) == ["gpu1"]
-    assert bad_nodes([Attempt(1, {}, None, None, None, None)]) == []
+    assert bad(*[wide] * 3) == []
+    assert bad(wide, wide, failed()) == ["gpu1"]
+    assert bad(Attempt(1, {}, None, None, None, None)) == []
     for name in ("-x", "a,b", "a b", "$(x)", "gpu[1-2]", "", "a\nb"):
-        assert bad_nodes([failed(nodes=(name,))] * 5) == []
+        assert bad(*[failed(nodes=(name,), claimed=())] * 5) == []
+
+
+def test_a_node_is_forgiven():
+    twice = [failed(at=NOW - 10)] * 2
+    assert bad_nodes([*twice, OTHERS], NOW) == ["gpu1"]
+    assert bad_nodes([*twice, OTHERS, begun("gpu1", at=NOW - 20)], NOW) == ["gpu1"]
+    assert bad_nodes([*twice, OTHERS, begun("gpu1", at=NOW - 5)], NOW) == []
+    assert bad_nodes([*twice, OTHERS], NOW + 86_400) == []
+
+
+def test_where_most_nodes_fail_it_is_not_the_nodes():
+    def wrong_setup(nodes):
+        return [failed("launch", (f"gpu{i}",), ()) for i in range(nodes) for _ in range(2)]
+
+    assert bad_nodes(wrong_setup(1), NOW) == ["gpu0"]
+    assert bad_nodes(wrong_setup(8), NOW) == []
+    assert bad_nodes([*wrong_setup(4), OTHERS], NOW) == ["gpu0", "gpu1", "gpu2", "gpu3"]
+    assert bad_nodes([*wrong_setup(4), begun("x", "y", "z")], NOW) == []

@@ -1,0 +1,114 @@
+"""What a sweep trains and costs."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scaling.cli.app import WORK, Json, Root, SweepFile, app, planned_runs
+from scaling.cli.terminal import print_json, print_table
+
+if TYPE_CHECKING:
+    from scaling.slurm.profile import ClusterProfile
+    from scaling.sweeps import PlannedRun
+
+Rows = Sequence[Mapping[str, Any]]
+PLAN_SHOWN = (
+    "run_key", "model", "n_total", "n_non_embedding", "batch_size", "items_per_user",
+    "items_per_user_mean", "data_fraction", "shuffle", "users_seen", "epochs", "steps", "seed",
+    "flops", "flops_exact", "pf_days", "pf_days_exact",
+)  # fmt: skip
+PLAN_DROPPED = (
+    "flops", "flops_exact", "n_non_embedding", "seed", "shuffle", "users_seen",
+    "items_per_user_mean", "pf_days_exact", "data_fraction", "epochs", "steps", "n_total",
+)  # fmt: skip
+"""What a narrow terminal does without, the least important first; so too below."""
+COST_SHOWN = ("gpu_hours", "wall_hours", "disk_gb", "basis")
+
+
+@app.command()
+def plan(
+    sweep: SweepFile,
+    root: Root = WORK,
+    cluster: Annotated[
+        Path | None, typer.Option("--cluster", help="Cluster profile (TOML): what it costs there.")
+    ] = None,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once; default: the profile's max_parallel.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a sweep would train and cost; write nothing.
+
+    One row a run: parameters, users, epochs, FLOPs and PF-days by the paper's formula and counted
+    exactly. items_per_user is the cap, items_per_user_mean what the logs realise under it. A corpus
+    with logs must be prepared first; a nominal one is planned from its statistics.
+
+    With --cluster also GPU-hours (on CPUs hours of ranks), hours of wall time and disk, from what
+    finished runs took there, else from a stated model (basis).
+
+    \b
+    Example:
+        clue-scaling plan sweeps/scale_factors.toml --cluster slurm/example_v100.toml
+    """
+    from scaling.slurm.profile import ClusterProfile
+
+    _, card, runs = planned_runs(sweep, root, nominal=True)
+    rows = [dict(run.row) for run in runs]
+    profile = ClusterProfile.read(cluster) if cluster else None
+    costs = costs_of(runs, profile, root) if profile else []
+    for row, cost in zip(rows, costs, strict=False):
+        row.update(cost)
+    if as_json:
+        print_json(rows)
+        return
+    shown = [c for c in PLAN_SHOWN if c != "run_key" or card.digest]
+    print_table(rows, [*shown, *(COST_SHOWN if costs else ())], drop=PLAN_DROPPED)
+    nominal = "" if card.digest else ", nominal: it cannot be submitted"
+    typer.echo(f"\n{len(rows)} runs on corpus {card.name}{nominal}")
+    for name, flops, days in (
+        ("the paper's formula", "flops", "pf_days"),
+        ("exact count", "flops_exact", "pf_days_exact"),
+    ):
+        total, in_days = (sum(r[k] for r in rows) for k in (flops, days))
+        typer.echo(f"{name}: {in_days:.4g} PF-days, {total:.4g} FLOPs")
+    if profile:
+        typer.echo(bill(rows, profile, parallel or profile.max_parallel))
+
+
+def costs_of(
+    planned: "Sequence[PlannedRun]",
+    profile: "ClusterProfile",
+    root: Path,
+    steps: Mapping[str, int] | None = None,
+) -> list[dict[str, Any]]:
+    """What each of the runs costs on a profile, by ``COST_SHOWN``, with its PF-days; of those that
+    have done ``steps``, the rest."""
+    from dataclasses import asdict
+
+    from scaling.slurm.cost import estimate, measured_rates
+
+    rates = measured_rates(root)
+    found = []
+    for run in planned:
+        row = run.row
+        step = (steps or {}).get(row["run_key"], 0)
+        cost = estimate(run.settings, row["n_total"], row["flops_exact"], profile, rates, step=step)
+        found.append(asdict(cost) | {"pf_days_exact": row["pf_days_exact"]})
+    return found
+
+
+def bill(costs: Rows, profile: "ClusterProfile", parallel: int) -> str:
+    """One line of what runs cost in all."""
+    from scaling.slurm.cost import wall_hours
+
+    gpu, disk, days = (sum(c[k] for c in costs) for k in ("gpu_hours", "disk_gb", "pf_days_exact"))
+    wall = wall_hours([c["wall_hours"] for c in costs], parallel)
+    basis = Counter(c["basis"] for c in costs)
+    told = ", ".join(f"{n} {b}" for b, n in basis.items())
+    return (
+        f"{len(costs)} runs on {profile.name}: about {gpu:.3g} GPU-hours, {days:.3g} PF-days "
+        f"(exact count); {wall:.3g} hours with {parallel} at once; {disk:.3g} GB of disk ({told})"
+    )
