@@ -24,7 +24,7 @@ from scaling.data.corpus import Corpus
 from scaling.data.prepare import prepare
 from scaling.data.tasks import Task
 from scaling.files import read_json, sha256, write_json
-from scaling.results import SCHEMAS, Tables, collect
+from scaling.results import SCHEMAS, Tables, collect, load
 from scaling.rundir import RunDir
 from scaling.slurm.profile import ClusterProfile
 from scaling.slurm.sync import submit, sync
@@ -89,7 +89,8 @@ def run(
     trained = _train(console, root, grid, corpus, planned, cluster)
     _transfer(console, root, corpus, planned, cluster.max_parallel)
     with _stage(console, "collect") as show:
-        tables = collect(root, [p.row for p in planned], grid.name, out)
+        collect(root, [p.row for p in planned], grid.name, out)
+        tables = load(out)
         show(len(tables.runs), len(tables.runs), "runs")
     fits, figures = _analyse(console, root, tables, out)
     summary = Summary(tables, fits, figures, trained)

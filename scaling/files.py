@@ -79,6 +79,8 @@ def create_bytes(path: Path, data: bytes) -> bool:
     Returns:
         True for the one caller that created it, False if the name was taken (it is untouched).
     """
+    if path.exists():  # spares writing and flushing what nobody would read
+        return False
     with _temporary(path, data) as tmp:
         try:
             os.link(tmp, path)

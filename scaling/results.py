@@ -22,7 +22,7 @@ from scaling import ClueError
 from scaling.config import RunConfig
 from scaling.files import RecordError, read_json, write_bytes, write_json
 from scaling.flops import to_pf_days
-from scaling.rundir import RunDir, _lines
+from scaling.rundir import RunDir
 from scaling.sweeps import PLAN_COLUMNS
 
 TABLES_VERSION = 2
@@ -197,8 +197,8 @@ class _Account:
 
 def collect(
     root: Path, planned_rows: Sequence[Mapping[str, Any]], sweep_name: str, out: Path
-) -> Tables:
-    """Read the run directories of a plan and write the tables of the sweep.
+) -> dict[str, Any]:
+    """Read the run directories of a plan and write the tables of the sweep, which ``load`` reads.
 
     Writes ``out/{runs,curves,transfer}.parquet`` and ``out/collect.json``, each atomically; the
     same run directories always give the same bytes.
@@ -208,6 +208,9 @@ def collect(
         planned_rows: rows of the plan, keyed by ``PLAN_COLUMNS``.
         sweep_name: name of the sweep.
         out: folder of the tables, ``results/<sweep>``.
+
+    Returns:
+        The content of ``collect.json``.
 
     Raises:
         ResultsError: the plan is empty, names a run twice, or lacks columns.
@@ -246,8 +249,7 @@ def collect(
         pq.write_table(table, buffer, compression="zstd")
         write_bytes(out / f"{name}.parquet", buffer.getvalue())
     write_json(out / "collect.json", report)
-    del tables, table, buffer
-    return load(out)
+    return report
 
 
 def load(folder: Path) -> Tables:
@@ -316,7 +318,8 @@ def _collect_run(
         account.incomplete.append({"run_key": key, "reason": "not submitted"})
         return row
     try:
-        config, row["corpus"] = _specification(run)
+        config, specification = run.specification()
+        row["corpus"] = str(specification["corpus"])
         row["corpus_digest"] = config.data.corpus_digest
         row["pool_size"], row["pool_digest"] = config.pool.size, config.pool.digest
         row["attempts"] = _attempts(run) or None
@@ -351,41 +354,11 @@ def _collect_run(
     return row
 
 
-# Of thousands of runs each file is opened once: on a network file system that is what takes time.
-
-
-def _specification(run: RunDir) -> tuple[RunConfig, str]:
-    """``run.spec()`` and ``run.corpus()``."""
-    path = run.path / "spec.json"
-    record = read_json(path)
-    if not isinstance(record, dict) or "config" not in record:
-        raise RecordError(f"{path}: not a run specification")
-    config = RunConfig.parse(record["config"], str(path))
-    if config.run_key != run.run_key:
-        raise RecordError(
-            f"{path}: its configuration has the key {config.run_key}, not {run.run_key}"
-        )
-    return config, str(record["corpus"])
-
-
 def _attempts(run: RunDir) -> int:
     """Number of attempts, as folders with an intent, which is not read."""
     return sum(
         (run.path / "attempts" / f"{n:04d}" / "intent.json").exists() for n in run.attempt_numbers()
     )
-
-
-def _curves(run: RunDir) -> dict[str, list[dict[str, Any]]]:
-    """``run.curve`` of both kinds."""
-    curves: dict[str, list[dict[str, Any]]] = {"pool": [], "train": []}
-    for generation in run.generations():
-        for row in _lines(run.metrics_path(generation)):
-            if row["kind"] == "start":
-                for kind, rows in curves.items():
-                    curves[kind] = [r for r in rows if r["step"] <= row["resumed_from"]]
-            elif row["kind"] in ("pool", "train"):
-                curves[row["kind"]].append(row)
-    return curves
 
 
 RESULT_COLUMNS = (
@@ -429,7 +402,7 @@ def _take_result(
 def _curve_rows(run: RunDir, config: RunConfig) -> tuple[list[dict[str, Any]], int]:
     """Curve of one run, and the number of its training rows that were left out."""
     rows: list[dict[str, Any]] = []
-    curves = _curves(run)
+    curves = run.curves("pool", "train")
     for point in curves["pool"]:
         rows.append(_curve_row(run, "pool", point) | {"pool_size": config.pool.size})
         for size, loss in sorted(point.get("pools", {}).items(), key=lambda kv: int(kv[0])):

@@ -94,7 +94,11 @@ class RunDir:
     # spec and result
 
     def spec(self) -> RunConfig:
-        """The run's configuration.
+        """The run's configuration; raises as ``specification``."""
+        return self.specification()[0]
+
+    def specification(self) -> tuple[RunConfig, dict[str, Any]]:
+        """The run's configuration, and all of ``spec.json``, which also names the ``corpus``.
 
         Raises:
             RecordError: ``spec.json`` is missing, torn, or is another run's.
@@ -108,7 +112,7 @@ class RunDir:
                 f"{self.path / 'spec.json'}: its configuration has the key {config.run_key}, "
                 f"not {self.run_key}"
             )
-        return config
+        return config, record
 
     def corpus(self) -> str:
         """Name of the run's corpus."""
@@ -236,14 +240,19 @@ class RunDir:
         Args:
             kind: ``train`` or ``pool``.
         """
-        rows: list[dict[str, Any]] = []
+        return self.curves(kind)[kind]
+
+    def curves(self, *kinds: str) -> dict[str, list[dict[str, Any]]]:
+        """``curve`` of several kinds, from one reading of the files."""
+        curves: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
         for generation in self.generations():
             for row in _lines(self.metrics_path(generation)):
                 if row["kind"] == "start":
-                    rows = [r for r in rows if r["step"] <= row["resumed_from"]]
-                elif row["kind"] == kind:
-                    rows.append(row)
-        return rows
+                    for kind, rows in curves.items():
+                        curves[kind] = [r for r in rows if r["step"] <= row["resumed_from"]]
+                elif row["kind"] in kinds:
+                    curves[row["kind"]].append(row)
+        return curves
 
     def progress(self) -> dict[str, Any] | None:
         """The newest metrics row of any kind but ``start``; None before the first step."""

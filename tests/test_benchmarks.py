@@ -60,6 +60,43 @@ def test_batches_stops_where_the_sides_differ():
         same([iter([batch([5, 6, 7])]), iter([])])
 
 
+@pytest.mark.slow
+def test_orchestrate(tmp_path):
+    sizes = ["--runs", "30", "--rows", "50", "--turns", "2"]
+    call = [sys.executable, BENCHMARKS / "orchestrate.py", "--quick", "--json"]
+    call += ["--folder", tmp_path, *sizes]
+    done = subprocess.run(call, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    keys = ["submit_2000_s", "status_2000_s", "collect_2000_s", "rss_mb", "collect_rss_mb"]
+    assert all(0 < found[key] < np.inf for key in keys)
+    assert found["runs"] == 40  # of each point of the grid as many
+    assert found["table_rows"] == {"runs": 40, "curves": 40 * (50 + 2 * 20), "transfer": 0}
+    # Counts, not times: opens of files, folders listed, calls of Slurm, files left.
+    sides = found["sides"]
+    assert found["opens_per_run"] == 3
+    assert (sides["status, finished"]["opens_per_run"], sides["collect"]["opens_per_run"]) == (3, 3)
+    assert 3 <= sides["status, queued"]["opens_per_run"] <= 6
+    calls = {name: side["slurm_calls"] for name, side in sides.items()}
+    assert calls["submit"] == {"scontrol": 1, "sbatch": 1}
+    assert calls["status, queued"] == {"squeue": 1}
+    assert calls["submitit, sacct"] == calls["submitit, queued"] == {"sacct": 1}
+    assert calls["status, finished"] == calls["collect"] == calls["submitit, results"] == {}
+    assert 6 < found["inodes_per_run"]["queued"] < 9
+    assert 25 < found["inodes_per_run"]["finished"] < 40
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_orchestrate_stops_where_a_side_does_not_say_what_is_so(monkeypatch, tmp_path):
+    orchestrate = load("orchestrate")
+    said = {"answers": {"DONE": 19, "FAILED": 1}, "seconds": 0.1, "rss_mb": 30.0}
+    monkeypatch.setattr(orchestrate, "inside", lambda *asked: said)
+    found = {"collect": []}
+    with pytest.raises(SystemExit, match=r"collect: .*FAILED"):
+        orchestrate.take(found, "collect", tmp_path, {"DONE": 20})
+    orchestrate.take(found, "collect", tmp_path, said["answers"])
+    assert found == {"collect": [said]}
+
+
 @pytest.fixture
 def train_step(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)

@@ -1,5 +1,6 @@
 """Collecting run directories of every fate, and reading the tables back."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -77,7 +78,10 @@ def runs() -> list[PlannedRun]:
 
 
 def take(root: Path, runs: list[PlannedRun]) -> Tables:
-    return collect(root / "work", [r.row for r in runs], "toy", root / "results")
+    report = collect(root / "work", [r.row for r in runs], "toy", root / "results")
+    tables = load(root / "results")
+    assert tables.collected == report
+    return tables
 
 
 # ---- what becomes of each run -------------------------------------------------------------------
@@ -194,6 +198,30 @@ def test_steps_computed_twice_after_a_crash_appear_once(
     assert pool["pool_size"].tolist() == [8, 4]
     assert pool["loss"].tolist() == [2.0, 1.0]
     assert pool["pf_days_exact"].tolist() == [STEPS, STEPS]
+
+
+def test_every_file_of_a_finished_run_is_opened_once(
+    tmp_path: Path, runs: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(tmp_path / "work", runs[0])
+    run.record(1, "end", {"class": "killed"})
+    (run.path / "attempts" / "0002").mkdir()  # of somebody who died before the intent: no attempt
+    steps(run, 1, 7, 0)
+    run.write_result(steps(run, 5, STEPS, 4), result(runs[0]))
+    opened: list[str] = []
+    io_open = io.open
+
+    def counting(path: Any, *args: Any, **kwargs: Any) -> Any:
+        opened.append(str(path))
+        return io_open(path, *args, **kwargs)
+
+    monkeypatch.setattr("io.open", counting)
+    monkeypatch.setattr("builtins.open", counting)
+    tables = take(tmp_path, runs[:1])
+    own = sorted(Path(p).name for p in opened if p.startswith(str(run.path)))
+    assert own == ["1.jsonl", "2.jsonl", "result.json", "spec.json"]
+    assert tables.runs["attempts"].tolist() == [1]
+    assert tables.runs["corpus"].tolist() == ["toy"]
 
 
 def test_long_training_curves_are_thinned_and_say_so(

@@ -266,7 +266,7 @@ def collect(sweep: SweepFile, root: Root = WORK, results: Results = RESULTS) -> 
 
     grid, _, planned = planned_runs(sweep, root)
     out = results / grid.name
-    report = tabulate(root, [p.row for p in planned], grid.name, out).collected
+    report = tabulate(root, [p.row for p in planned], grid.name, out)
     states = ", ".join(f"{n} {state}" for state, n in report["states"].items())
     typer.echo(f"{out}: {report['planned']} runs ({states}), {report['with_loss']} with a loss")
     for reason in ("incomplete", "diverged", "unreadable", "without_transfer"):
