@@ -179,8 +179,7 @@ def _cluster(profile: ClusterProfile) -> list[Finding]:
         _signal_lead(config, profile),
         _accounting(config),
         *_submit_limits(),
-        *(_partition(profile) if profile.partition else ()),
-        *_gpus(profile),
+        *(_partition(profile) if profile.partition else _gpus(profile)),
     ]
 
 
@@ -307,9 +306,10 @@ def _partition(profile: ClusterProfile) -> list[Finding]:
     facts = dict(re.findall(r"(\w+)=(\S+)", output))
     state = facts.get("State", "UP")
     findings = [
+        *_gpus(profile),
         Finding("partition", "ok", name)
         if state == "UP"
-        else Finding("partition", "warning", f"{name} is {state}", "jobs wait until it is UP")
+        else Finding("partition", "warning", f"{name} is {state}", "jobs wait until it is UP"),
     ]
     longest = _minutes(facts.get("MaxTime", "UNLIMITED"))
     asked = max(s.time_min for s in profile.shapes())

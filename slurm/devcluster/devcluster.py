@@ -78,7 +78,7 @@ TaskPlugin=task/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,bf_interval=5
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,sched_interval=2
 # Small, so that an ordinary sweep needs more than one array.
 MaxArraySize=12
 JobRequeue=1

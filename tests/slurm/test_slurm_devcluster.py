@@ -97,7 +97,8 @@ def _rank_process(run, rank=0) -> int:
     """The process of a rank of a run, on whichever of the nodes of this host."""
     main, _, index = run.attempts()[0].claim["job_id"].partition("_")
     job = {f"SLURM_ARRAY_JOB_ID={main}", f"SLURM_ARRAY_TASK_ID={index}"}
-    wanted = {*(job if index else {f"SLURM_JOB_ID={main}"}), f"SLURM_PROCID={rank}"}
+    # The batch script calls itself process 0 too, but has no step.
+    wanted = {*job, f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
             environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
