@@ -318,8 +318,8 @@ def collect(place: Path) -> Measured:
     rows = planned_rows(place / "root")
 
     def measured() -> dict[str, Any]:
-        tables = tabulate(place / "root", rows, "bench", place / "results")
-        return {"answers": tables.collected["states"], "rows": tables.collected["rows"]}
+        report = tabulate(place / "root", rows, "bench", place / "results")
+        return {"answers": report["states"], "rows": report["rows"]}
 
     return measured
 

@@ -38,7 +38,7 @@ def fsync_dir(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path, data: bytes) -> Iterator[Path]:
+def _temporary(path: Path, data: bytes | memoryview) -> Iterator[Path]:
     """Write ``data`` durably beside ``path`` under a temporary name; remove that name on exit."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.parent / f"{TMP_PREFIX}{uuid.uuid4().hex}"
@@ -56,7 +56,7 @@ def _dump(obj: Any) -> bytes:
     return (json.dumps(obj, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Replace ``path`` atomically and durably."""
     with _temporary(path, data) as tmp:
         os.rename(tmp, path)

@@ -12,9 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -24,6 +23,9 @@ from scaling.files import RecordError, read_json, write_bytes, write_json
 from scaling.flops import to_pf_days
 from scaling.rundir import RunDir
 from scaling.sweeps import PLAN_COLUMNS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TABLES_VERSION = 2
 """Version of all three tables; it rises when a reader of an older one would misread them."""
@@ -177,9 +179,9 @@ class Tables:
         collected: content of ``collect.json``.
     """
 
-    runs: pd.DataFrame
-    curves: pd.DataFrame
-    transfer: pd.DataFrame
+    runs: "pd.DataFrame"
+    curves: "pd.DataFrame"
+    transfer: "pd.DataFrame"
     collected: Mapping[str, Any]
 
 
@@ -224,10 +226,9 @@ def collect(
         runs.append(_collect_run(root, planned, curves, transfer, account))
     tables = {
         "runs": pa.Table.from_pylist(runs, schema=RUNS_SCHEMA),
-        "curves": pa.concat_tables(curves).combine_chunks(),
-        "transfer": pa.concat_tables(transfer).combine_chunks(),
+        "curves": pa.concat_tables(curves),
+        "transfer": pa.concat_tables(transfer),
     }
-    del curves, transfer  # of thousands of runs each copy is 100 MB
     states = Counter(row["state"] or "UNFINISHED" for row in runs)
     report = {
         "schema_version": TABLES_VERSION,
@@ -247,7 +248,7 @@ def collect(
     for name, table in tables.items():
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
-        write_bytes(out / f"{name}.parquet", buffer.getvalue())
+        write_bytes(out / f"{name}.parquet", buffer.getbuffer())
     write_json(out / "collect.json", report)
     return report
 
@@ -448,7 +449,9 @@ def _transfer_rows(
     return rows, stale
 
 
-def _read(path: Path, name: str) -> pd.DataFrame:
+def _read(path: Path, name: str) -> "pd.DataFrame":
+    import pandas as pd  # collecting does without
+
     try:
         table = pq.read_table(path)
     except FileNotFoundError:
