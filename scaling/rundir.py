@@ -33,6 +33,14 @@ RUN_KEY = re.compile(r"[a-z2-7]{16}")
 TAIL_BYTES = 1 << 16
 """The last row of metrics lies within so much of a file's end. [bytes]"""
 RECORDS = ("intent", "submit", "claim", "cancel", "end")
+NEEDED = {
+    "intent": (),
+    "submit": ("job_id",),
+    "claim": ("job_id",),
+    "cancel": ("by",),
+    "end": ("class",),
+}
+"""Keys without which a record is somebody else's."""
 
 
 class Superseded(RecordError):
@@ -140,7 +148,7 @@ class RunDir:
             records: dict[str, Any] = {}
             for name in RECORDS:
                 path = folder / f"{name}.json"
-                records[name] = _record(path) if path.exists() else None
+                records[name] = _record(path, *NEEDED[name]) if path.exists() else None
             if records["intent"] is not None:
                 found.append(Attempt(int(folder.name), **records))
         return found
@@ -305,10 +313,11 @@ def _line(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, sort_keys=True, allow_nan=False).encode() + b"\n"
 
 
-def _record(path: Path) -> dict[str, Any]:
+def _record(path: Path, *needed: str) -> dict[str, Any]:
     record = read_json(path)
-    if not isinstance(record, dict):
-        raise RecordError(f"{path}: not a record, but {str(record)[:40]!r}")
+    if not isinstance(record, dict) or not set(needed) <= record.keys():
+        what = f" with {', '.join(needed)}" if needed else ""
+        raise RecordError(f"{path}: not a record{what}, but {str(record)[:40]!r}")
     return record
 
 

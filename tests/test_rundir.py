@@ -100,12 +100,12 @@ def test_one_caller_opens_an_attempt(run: RunDir) -> None:
 def test_attempts_hold_the_records_written_so_far(run: RunDir) -> None:
     assert run.attempts() == []
     run.record(1, "intent", {"token": "a"})
-    run.record(1, "claim", {"job": "1_0"})
-    run.record(1, "end", {"reason": "preempted"})
+    run.record(1, "claim", {"job_id": "1_0"})
+    run.record(1, "end", {"class": "preempted"})
     run.record(2, "intent", {"token": "b"})
     first, second = run.attempts()
     assert (first.number, first.submit, first.cancel) == (1, None, None)
-    assert first.claim == {"schema_version": 1, "job": "1_0"}
+    assert first.claim == {"schema_version": 1, "job_id": "1_0"}
     assert second.claim is None
 
 

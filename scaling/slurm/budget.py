@@ -9,15 +9,15 @@ estimate is: but for the step and the checkpoint that follow the alarm, and for 
 did after its last row of metrics. A run that two sweeps share counts in full for each.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from scaling import ClueError
 from scaling.config import RunConfig
-from scaling.files import read_json, write_json
+from scaling.files import RecordError, read_json, write_json
 from scaling.rundir import RunDir, starting_seconds
 from scaling.slurm.cost import MARGIN, START_S, Estimate, Rate, estimate, measured_rates
 from scaling.slurm.profile import ClusterProfile
@@ -30,8 +30,8 @@ from scaling.slurm.submission import Candidate
 class Prices:
     """Estimates for the runs of a sweep, from its plan and from what finished runs took."""
 
-    rows: Mapping[str, Mapping[str, Any]]
-    """Plan rows by run key."""
+    rows: Mapping[str, Mapping[str, float]]
+    """``n_total`` and ``flops_exact`` of the plan, by run key."""
     rates: Sequence[Rate]
 
     @classmethod
@@ -40,7 +40,13 @@ class Prices:
         path = root / "sweeps" / sweep / "plan.json"
         if not path.exists():
             return None
-        rows = {row["run_key"]: row for row in read_json(path)["runs"]}
+        try:
+            rows = {
+                str(row["run_key"]): {k: float(row[k]) for k in ("n_total", "flops_exact")}
+                for row in read_json(path)["runs"]
+            }
+        except (KeyError, TypeError, ValueError) as e:
+            raise RecordError(f"{path}: not a sweep's plan ({e!r})") from None
         return cls(rows, measured_rates(root))
 
     def of(self, run: RunDir, config: RunConfig, profile: ClusterProfile) -> Estimate | None:
@@ -54,7 +60,7 @@ class Prices:
         longest = max((starting_seconds(s) for s in run.starts() if "time" in s), default=0.0)
         return estimate(
             config,
-            row["n_total"],
+            int(row["n_total"]),
             row["flops_exact"],
             profile,
             self.rates,
@@ -69,7 +75,7 @@ def set_budget(root: Path, sweep: str, gpu_hours: float, runs: Sequence[RunDir])
     Raises:
         ClueError: it is no number above 0, or runs execute without an allowance.
     """
-    if not gpu_hours > 0:
+    if not 0 < gpu_hours < math.inf:
         raise ClueError(f"budget = {gpu_hours}: give GPU-hours above 0")
     committed_hours(runs, {run.run_key: read_facts(run) for run in runs})
     record = {"schema_version": 1, "gpu_hours": gpu_hours, "time": time.time()}
@@ -84,7 +90,12 @@ def unset_budget(root: Path, sweep: str) -> None:
 def read_budget(root: Path, sweep: str) -> float | None:
     """What a sweep may spend; None if nobody has set it. [GPU-hours]"""
     path = root / "sweeps" / sweep / "budget.json"
-    return float(read_json(path)["gpu_hours"]) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return float(read_json(path)["gpu_hours"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise RecordError(f"{path}: not a budget ({e!r}); set it again") from None
 
 
 def committed_hours(runs: Sequence[RunDir], facts: Mapping[str, Facts]) -> float:

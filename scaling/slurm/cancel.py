@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from scaling.rundir import Attempt, RunDir
+from scaling.slurm.profile import private_files
 from scaling.slurm.scheduler import command, look
 from scaling.slurm.state import DEFAULT_RULES, Phase, State, meaning
 from scaling.slurm.status import survey
@@ -33,8 +34,9 @@ def cancel(runs: Sequence[RunDir]) -> list[str]:
     _, derived = survey(runs, DEFAULT_RULES)
     cancelled, marked = [], []
     for run, _, verdict in derived:
-        if not verdict.over and _mark(run):
-            cancelled.append(run.run_key)
+        with private_files():
+            if not verdict.over and _mark(run):
+                cancelled.append(run.run_key)
         if verdict.state not in (State.DONE, State.DIVERGED) and verdict.cause != "damaged":
             marked += run.attempts()
     # Jobs are looked for after the marks: one that starts from now on sees its mark and leaves.

@@ -7,7 +7,7 @@
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from scaling.rundir import Attempt, RunDir
@@ -16,15 +16,22 @@ from scaling.slurm.state import is_cancelled
 
 POLL_S = 10.0
 """Between looks at a predecessor that may still be alive. [seconds]"""
+STOPPED = "stopped while it waited for another job"
+"""``claim``'s word for a job that may come again."""
 CLAIM_WAIT_S = 300.0
 """Longest wait of a local rank for rank 0's claim; under Slurm srun ends the ranks. [seconds]"""
 
 
-def claim(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
+def claim(
+    run: RunDir, number: int, job: dict[str, Any], stop: Callable[[], object] = bool
+) -> str | None:
     """Make this job the owner of the attempt, unless it must not run.
 
     At most one job passes for a run at any time: whoever creates an attempt later than this look
     at the newest one finds our claim and waits for us; whoever created it earlier is seen here.
+
+    Args:
+        stop: whether the job is to stop; polled while it waits for another.
 
     Returns:
         None if the job may train, otherwise why not.
@@ -32,12 +39,20 @@ def claim(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
     while True:
         if reason := _must_not_run(run, number, job):
             return reason
+        if stop():
+            return STOPPED
         if may_write(predecessors(run.attempts(), number)) is False:
             break
         print("waiting for the job of an older attempt to end", file=sys.stderr, flush=True)
-        time.sleep(POLL_S)
+        _sleep(POLL_S, stop)
     run.record(number, "claim", {**job, "host": socket.gethostname(), "time": time.time()})
     return _must_not_run(run, number, job)
+
+
+def _sleep(seconds: float, stop: Callable[[], object]) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not stop():
+        time.sleep(min(1.0, seconds))
 
 
 def await_claim(run: RunDir, number: int, job: dict[str, Any]) -> str | None:

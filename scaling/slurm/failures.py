@@ -40,8 +40,10 @@ PATTERNS = tuple(
 report NCCL. Of torch, oneDNN, gloo, NCCL, the NVIDIA driver, the kernel and Slurm's oom handler."""
 START_LINE = "clue-scaling: start"
 """Begins a job's output, with Slurm's restart count: logs are appended to."""
-UNCAUGHT = re.compile(r"^(?!Traceback)[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b(: .*)?$")
-"""Last line of a traceback."""
+UNCAUGHT = re.compile(
+    r"^error: |^(?!Traceback)[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)\b(: .*)?$"
+)
+"""Last line of a traceback, or what the job script says."""
 _COMM = {"DistBackendError", "DistNetworkError", "DistStoreError", "PeerError"}
 
 

@@ -25,7 +25,7 @@ from scaling import ClueError
 from scaling.config import TrainSettings
 from scaling.files import RecordError, read_json
 from scaling.rundir import Attempt, RunDir, Superseded, chunk_folder
-from scaling.slurm.claims import await_claim, claim
+from scaling.slurm.claims import STOPPED, await_claim, claim
 from scaling.slurm.code import PACKAGE, running_from, verify
 from scaling.slurm.environment import capture, drift
 from scaling.slurm.failures import START_LINE, classify
@@ -103,7 +103,8 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
     folder = chunk_folder(Path(root), sweep, token)
     run = RunDir(Path(root), read_json(folder / "chunk.json")["runs"][index])
     check_owner(Path(root).resolve(), folder, run.path)
-    number = _number(run, token)
+    attempt = _attempt(run, token)
+    number = attempt.number
     job = {
         "began": began,
         "executor": environment.name(),
@@ -113,13 +114,18 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
     }
     if local:
         job |= process_identity(int(environment.job_id))
-    reason = claim(run, number, job) if rank == 0 else await_claim(run, number, job)
+    if rank == 0 and (allowance := attempt.intent.get("allowance_gpu_hours")) is not None:
+        left = 3600 * (float(allowance) - run.gpu_hours(number)) / environment.num_tasks
+        stop.stop_after(left - (time.time() - began))
+    reason = claim(run, number, job, stop) if rank == 0 else await_claim(run, number, job)
+    if reason == STOPPED:
+        _stopped(run, attempt, job, stop)
+        _leave(EXIT_SUPERSEDED, local, environment.num_tasks)
     if reason:
         print(f"superseded: {reason}", file=sys.stderr)
         if rank == 0 and run.attempts()[-1].number != number:
             _record_end(run, number, job, "superseded", reason)
         _leave(EXIT_SUPERSEDED, local, environment.num_tasks)
-    attempt = next(a for a in run.attempts() if a.number == number)
     set_environment(environment, attempt.intent)
     job |= {
         "profile": attempt.intent["profile"],
@@ -127,9 +133,6 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
     }
     try:
         _check(run, attempt, job, rank)
-        if rank == 0 and (allowance := attempt.intent.get("allowance_gpu_hours")) is not None:
-            left = 3600 * (float(allowance) - run.gpu_hours(number)) / environment.num_tasks
-            stop.stop_after(left - (time.time() - began))
         result = _train(run, attempt, job, stop)
     except Superseded as e:
         print(f"superseded: {e}", file=sys.stderr)
@@ -151,14 +154,14 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
     raise SystemExit(0)
 
 
-def _number(run: RunDir, token: str) -> int:
+def _attempt(run: RunDir, token: str) -> Attempt:
     """The attempt that this job is of. A network file system may list it a while after it was
     written on another host."""
     end = time.monotonic() + LISTING_S
     while True:
         for attempt in run.attempts():
             if attempt.intent["token"] == token:
-                return attempt.number
+                return attempt
         if time.monotonic() > end:
             raise RecordError(f"{run.path}/attempts: none is of submission {token}")
         time.sleep(1.0)

@@ -122,7 +122,7 @@ def _executor(
             "job=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}",
             # What is imported and unpickled must be the user's own.
             f"for file in {archive} {folder}/arguments.pkl; do test -O $file"
-            ' || { echo "$file: is not your own" >&2; exit 1; }; done',
+            ' || { echo "error: $file: is missing, or not your own" >&2; exit 1; }; done',
             f"test -e {copied} || cp {folder}/arguments.pkl {copied}",
             *profile.setup,
             # The archive comes before all else, and the folder that was submitted from not at all.

@@ -211,10 +211,15 @@ class Verdict:
 
 
 def fruitless(facts: Facts) -> int:
-    """Newest attempts in a row after whose start no step was committed."""
+    """Newest attempts in a row after whose start no step was committed.
+
+    Those that never reached the queue do not count, nor those of which nobody ever saw a job.
+    """
     count = 0
     for attempt in reversed(facts.attempts):
-        if attempt.end is not None and attempt.end["class"] in NEVER_ACCEPTED:
+        cause = "lost" if attempt.end is None else attempt.end["class"]
+        seen = attempt.submit is not None or attempt.claim is not None
+        if cause in NEVER_ACCEPTED or (cause == "lost" and not seen):
             continue
         if int(attempt.intent["step"]) < facts.committed:
             break

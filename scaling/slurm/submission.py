@@ -194,17 +194,19 @@ def array_size(profile: ClusterProfile) -> int:
 
 
 def within_known_limit(
-    candidates: Sequence[Candidate], profile: ClusterProfile
+    candidates: Sequence[Candidate], attempts: Sequence[Attempt], profile: ClusterProfile
 ) -> tuple[Sequence[Candidate], str]:
     """As many candidates as a submit limit that this profile met leaves room for, and why not more.
+
+    Args:
+        attempts: of the whole sweep; some have met the limit.
 
     Raises:
         Unreachable: the cluster does not answer.
     """
-    refused = [c.facts.attempts[-1] for c in candidates if c.facts.attempts]
     met = [
         a.end
-        for a in refused
+        for a in attempts
         if a.end
         and a.end["class"] == "limit"
         and a.end.get("queued") is not None

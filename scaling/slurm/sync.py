@@ -258,7 +258,7 @@ def _choose(
     if profile.executor == "local":
         candidates = candidates[:room]
     elif candidates and not orders.person:
-        within, held = within_known_limit(candidates, profile)
+        within, held = within_known_limit(candidates, _attempts(derived), profile)
         candidates = list(within)
     if not candidates:
         return [], held

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from scenario import FakeSlurm, without_code
 
 from scaling.config import DataConfig, ModelConfig, PoolConfig, RunConfig
 from scaling.rundir import RunDir
@@ -52,56 +52,6 @@ def make_runs(root: Path) -> Callable[..., list[RunDir]]:
     return make
 
 
-class FakeSlurm:
-    """The fake's state, and what a cluster would do by itself."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-
-    def jobs(self) -> list[dict]:
-        path = self.home / "jobs.json"
-        return json.loads(path.read_text()) if path.exists() else []
-
-    def fault(self, **faults: object) -> None:
-        (self.home / "faults.json").write_text(json.dumps(faults))
-
-    def change(self, where: Callable[[dict], bool] = lambda job: True, **values: object) -> None:
-        jobs = self.jobs()
-        for job in jobs:
-            if where(job):
-                job.update(values)
-        (self.home / "jobs.json").write_text(json.dumps(jobs))
-
-    def run(self, number: int, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Execute one job's script as a single rank and record the state it ends in."""
-        job = self.jobs()[number]
-        env = {**os.environ, "SLURM_JOB_ID": str(9000 + number), "SLURM_NTASKS": "1",
-               "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "node1",
-               "SLURM_PROCID": "0", "SLURM_LOCALID": "0", **environment}  # fmt: skip
-        if job["index"] is None:
-            env["SLURM_JOB_ID"] = str(job["main"])
-        else:
-            env |= {
-                "SLURM_ARRAY_JOB_ID": str(job["main"]),
-                "SLURM_ARRAY_TASK_ID": str(job["index"]),
-            }
-        this = [number]
-        self.change(lambda j: self._position(j) in this, state="RUNNING", reason="None")
-        done = subprocess.run(
-            ["bash", "-c", job["script"]], env=env, capture_output=True, text=True, check=False
-        )
-        if self.jobs()[number]["state"] == "RUNNING":
-            state = "FAILED" if done.returncode else "COMPLETED"
-            self.change(lambda j: self._position(j) in this, state=state)
-        return done
-
-    def _position(self, job: dict) -> int:
-        return next(
-            i for i, j in enumerate(self.jobs())
-            if (j["main"], j["index"]) == (job["main"], job["index"])
-        )  # fmt: skip
-
-
 @pytest.fixture
 def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     """Slurm's commands on PATH, answered from a file."""
@@ -117,6 +67,12 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(home))
     return FakeSlurm(home)
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs may be simulated in this process (``scenario.Rank``)."""
+    without_code(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ def test_a_disk_too_full_for_the_record_leaves_the_reason_in_the_log(root, make_
     assert run.attempts()[0].end["class"] == "killed"
     printed = log_files(run, attempt=1)[1].read_text()
     assert "Traceback" in printed
-    assert "raise {" in printed
+    assert "raise ERRORS[" in printed
     assert "attempt 1 ended (disk_full), which could not be recorded: [Errno 28]" in printed
 
 

@@ -23,22 +23,22 @@ HOME = Path(os.environ["FAKE_SLURM"])
 
 
 @contextlib.contextmanager
-def locked(home=HOME):
+def locked():
     """Nobody else changes the state meanwhile."""
-    with open(home / "lock", "a") as lock:
+    with open(HOME / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def load(name, default, home=HOME):
-    path = home / name
+def load(name, default):
+    path = HOME / name
     return json.loads(path.read_text()) if path.exists() else default
 
 
-def save(jobs, home=HOME):
-    new = home / f"jobs.{os.getpid()}"
+def save(jobs):
+    new = HOME / f"jobs.{os.getpid()}"
     new.write_text(json.dumps(jobs))
-    new.rename(home / "jobs.json")
+    new.rename(HOME / "jobs.json")
 
 
 def fault(name):
@@ -55,7 +55,8 @@ TIMED_OUT = "sbatch: error: Batch job submission failed: Socket timed out on sen
 
 def sbatch(argv):
     script = Path(argv[-1]).read_text()
-    (HOME / "sbatch.log").open("a").write(script + "\n---\n")
+    with open(HOME / "sbatch.log", "a") as log:
+        log.write(script + "\n---\n")
     how = fault("sbatch")
     if how == "slow":
         time.sleep(2)
