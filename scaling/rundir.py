@@ -68,6 +68,8 @@ class RunDir:
         self.root = Path(root)
         self.run_key = run_key
         self.path = self.root / "runs" / run_key[:2] / run_key
+        self._opened: dict[int, int] = {}
+        """Files of the generations that this process has opened, by their numbers on disk."""
 
     @classmethod
     def create(cls, root: Path, config: RunConfig, corpus: str) -> Self:
@@ -198,6 +200,7 @@ class RunDir:
             generation = max(self.generations(), default=0) + 1
             line = {"kind": "start", "schema_version": 1, "generation": generation, **header}
             if create_bytes(self.metrics_path(generation), _line(line)):
+                self._opened[generation] = self.metrics_path(generation).stat().st_ino
                 return generation
 
     def starts(self) -> list[dict[str, Any]]:
@@ -227,12 +230,26 @@ class RunDir:
                 seconds += (starting_seconds(first) + trained) * first["world_size"]
         return seconds / 3600
 
+    def pace(self) -> float | None:
+        """Steps a second on the way so far, evaluations and checkpoints included; None before
+        there are two rows."""
+        for generation in reversed(self.generations()):
+            _, last = _ends(self.metrics_path(generation))
+            if last.get("kind") != "start" and last.get("seconds", 0) > 0:
+                return float(last["step"]) / float(last["seconds"])
+        return None
+
     def metrics_path(self, generation: int) -> Path:
         """Metrics file of a generation."""
         return self.path / "metrics" / f"{generation}.jsonl"
 
     def fence(self, generation: int) -> None:
-        """Raise Superseded if a newer generation than ``generation`` has started."""
+        """Raise Superseded if a newer generation than ``generation`` has started, or if the one
+        that this process opened is not there any more: somebody removed the run."""
+        if (mine := self._opened.get(generation)) is not None:
+            path = self.metrics_path(generation)
+            if not path.exists() or path.stat().st_ino != mine:
+                raise Superseded(f"{path}: is not the one that this process opened; it stops")
         newest = max(self.generations(), default=0)
         if newest > generation:
             raise Superseded(

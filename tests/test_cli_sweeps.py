@@ -13,7 +13,7 @@ from test_cli import ROOT, call, refused, study, tree  # noqa: F401
 
 from scaling.data.prepare import read_card
 from scaling.rundir import RunDir
-from scaling.sweeps import Grid
+from scaling.sweeps import Grid, write_sweep
 
 SCONTROL = """#!/bin/sh
 echo 'MaxArraySize            = 3'
@@ -203,10 +203,55 @@ def test_a_budget_that_pays_for_no_run_ends_a_watch_and_a_larger_one_goes_on(stu
     result = call(*words, "--budget", 0.02, "--watch")  # each run reserves a minute and a half
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == "3 runs: 3 PLANNED"
-    assert "waiting: the budget of 0.02 GPU-hours is reserved" in result.stderr
+    why = "of the budget of 0.02 GPU-hours 0 are spent or reserved, and the next run reserves 0.025"
+    assert f"waiting: {why}" in result.stderr
     again = json.loads(call(*words, "--json").stdout)
     assert [row["action"] for row in again] == [None] * 3
-    assert {row["waiting"] for row in again} == {"the budget of 0.02 GPU-hours is reserved"}
+    assert {row["waiting"] for row in again} == {f"{why} (1.5 times its estimate)"}
+    dry = call(*words, "--dry-run", "--budget", 0.03)
+    assert "would submit 1 of 3 runs" in dry.stdout
+    assert "contradict" in refused(*words, "--budget", 1, "--no-budget")
     rows = json.loads(call(*words, "--budget", 1, "--watch", "--json").stdout)
     assert [row["state"] for row in rows] == ["DONE"] * 3
     assert sum(row["gpu_hours"] for row in rows) < 1
+
+
+def test_what_runs_can_be_looked_at_and_ended_without_corpus_or_file(study):  # noqa: F811
+    runs = [RunDir.create(study, p.config, "tiny") for p in planned(study)]
+    for run in runs:
+        intent = {"token": "none", "index": 0, "executor": "none", "step": 0, "time": 0}
+        run.record(1, "intent", intent)
+    grid = Grid.read(study / "study.toml")
+    folder = write_sweep(study, grid, read_card(grid.corpus, study), planned(study))
+    (study / "corpora").rename(study / "gone")
+    result = call("status", study / "study.toml", "--root", study, "--json")
+    assert "not prepared" in result.stderr
+    assert "taking the runs as they were submitted" in result.stderr
+    assert [row["run_key"] for row in json.loads(result.stdout)] == [r.run_key for r in runs]
+    result = call("cancel", folder.name, "--root", study)
+    assert "cancelled 3 of 3 runs" in result.stdout
+    assert all(r.attempts()[0].cancel for r in runs)
+    assert "not prepared" in refused("status", study / "study.toml", "--root", study / "other")
+
+
+def test_runs_of_another_version_of_a_sweep_are_not_forgotten(study):  # noqa: F811
+    grid = Grid.read(study / "study.toml")
+    folder = write_sweep(study, grid, read_card(grid.corpus, study), planned(study))
+    for run in (RunDir.create(study, p.config, "tiny") for p in planned(study)):
+        intent = {"token": "none", "index": 0, "executor": "none", "step": 0, "time": 0}
+        run.record(1, "intent", intent)
+    text = (study / "study.toml").read_text()
+    (study / "study.toml").write_text(text.replace("batch_size = 8", "batch_size = 16"))
+    said = call("status", study / "study.toml", "--root", study).stdout
+    assert f"3 runs of another version of this sweep, {folder.name}" in said
+    assert "3 runs: 3 PLANNED" in said
+
+
+def test_a_failure_is_shown_with_its_reason(study):  # noqa: F811
+    run = RunDir.create(study, planned(study)[0].config, "tiny")
+    intent = {"token": "none", "index": 0, "executor": "none", "step": 0, "time": 0}
+    run.record(1, "intent", intent)
+    run.record(1, "end", {"class": "gpu_oom", "evidence": "512 fits (tried)"})
+    words = ["status", study / "study.toml", "--root", study]
+    assert f"{run.run_key} gpu_oom: 512 fits (tried)" in call(*words).stdout
+    assert "no such cause; valid: budget" in refused(*words, "--cause", "oops")

@@ -1,6 +1,7 @@
 """Records of a run: attempts, the generation fence, and curves after crashes."""
 
 import json
+import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -178,6 +179,19 @@ def test_a_newer_generation_fences_off_the_older(run: RunDir) -> None:
     assert run.result() == {
         "schema_version": 1, "run_key": run.run_key, "generation": 2, "status": "done", "loss": 1.5,
     }  # fmt: skip
+
+
+def test_a_folder_that_was_removed_is_not_written_again(run: RunDir) -> None:
+    generation = run.start_generation({"resumed_from": 0})
+    run.fence(generation)
+    shutil.rmtree(run.path)
+    with pytest.raises(Superseded, match="not the one that this process opened"):
+        run.fence(generation)
+    again = RunDir(run.root, run.run_key)
+    assert again.start_generation({"resumed_from": 0}) == generation
+    again.fence(generation)
+    with pytest.raises(Superseded, match="not the one that this process opened"):
+        run.fence(generation)
 
 
 def test_a_result_that_json_cannot_say_is_refused(run: RunDir) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 PLAIN_FAULTS = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR,
-    errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT,
 )  # fmt: skip
 """Errors of the operating system that need no traceback: a full disk, a missing permission, a file
 where a folder should be."""
@@ -132,6 +133,76 @@ def planned_runs(
     return grid, card, runs
 
 
+def submitted_plan(sweep: Path, root: Path) -> "tuple[str, list[PlannedRun]]":
+    """The runs of a sweep as they were last submitted, whatever has become of its corpus or file.
+
+    Args:
+        sweep: sweep file, or name of a sweep's folder.
+
+    Returns:
+        The folder's name, and the runs that have a folder.
+    """
+    from scaling.files import read_json
+    from scaling.rundir import RunDir
+    from scaling.sweeps import Grid, PlannedRun
+
+    folders = [root / "sweeps" / sweep.name]
+    if sweep.suffix == ".toml":
+        folders = sorted(
+            (root / "sweeps").glob(f"{Grid.read(sweep).name}-????????"),
+            key=lambda folder: folder.stat().st_mtime,
+        )
+    plans = [folder / "plan.json" for folder in folders if (folder / "plan.json").exists()]
+    if not plans:
+        raise ClueError(f"{sweep}: nothing of it was submitted below {root.absolute()}")
+    rows = {row["run_key"]: row for row in read_json(plans[-1])["runs"]}
+    there = {key: RunDir(root, key) for key in rows if RunDir(root, key).path.exists()}
+    runs = [PlannedRun(run.spec(), rows[key]) for key, run in there.items()]
+    return plans[-1].parent.name, runs
+
+
+def runs_of(sweep: Path, root: Path) -> "tuple[str, list[PlannedRun]]":
+    """The name of a sweep's folder, and its runs; as last submitted, with a warning, where its file
+    or corpus cannot be read: what runs can be looked at and ended all the same."""
+    from scaling.sweeps import sweep_id
+
+    try:
+        grid, _, planned = planned_runs(sweep, root)
+        return sweep_id(grid.name, planned), planned
+    except ClueError as e:
+        try:
+            found = submitted_plan(sweep, root)
+        except ClueError:
+            raise e from None
+        if sweep.suffix == ".toml":
+            typer.echo(f"{e}\ntaking the runs as they were submitted: {found[0]}", err=True)
+        return found
+
+
+def other_versions(root: Path, identity: str, planned: "Sequence[PlannedRun]") -> list[str]:
+    """Sentences on runs of other versions of a sweep that are not over."""
+    from scaling.files import read_json
+    from scaling.rundir import RunDir
+
+    keys = {p.row["run_key"] for p in planned}
+    said = []
+    for folder in sorted((root / "sweeps").glob(f"{identity[:-9]}-????????")):
+        if folder.name == identity or not (folder / "plan.json").exists():
+            continue
+        rows = read_json(folder / "plan.json")["runs"]
+        others = [RunDir(root, row["run_key"]) for row in rows if row["run_key"] not in keys]
+        count = sum(
+            bool(run.attempt_numbers()) and not (run.path / "result.json").exists()
+            for run in others
+        )
+        if count:
+            said.append(
+                f"{count} runs of another version of this sweep, {folder.name}, were submitted and "
+                f"are not done; see clue-scaling status {folder.name}"
+            )
+    return said
+
+
 def known_runs(planned: "Sequence[PlannedRun]", root: Path) -> "list[RunDir]":
     """Folders of the planned runs that have one: of this sweep or of another."""
     from scaling.rundir import RunDir
@@ -156,7 +227,8 @@ def submitted_runs(
         runs = [run for run in runs if any(run.path.glob("attempts/*/intent.json"))]
     if not runs:
         raise ClueError(
-            f"{sweep}: none of its {len(planned)} runs was submitted below {root}; run: "
-            f"clue-scaling submit {sweep} --cluster CLUSTER.toml --root {root}"
+            f"{sweep}: none of its {len(planned)} runs was submitted below {root.absolute()}; run: "
+            + shlex.join(["clue-scaling", "submit", str(sweep), "--cluster", "CLUSTER.toml"])
+            + f" --root {shlex.quote(str(root))}"
         )
     return runs

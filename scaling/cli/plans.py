@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from scaling import ClueError
 from scaling.cli.app import WORK, Json, Root, SweepFile, app, planned_runs
 from scaling.cli.terminal import print_json, print_table
 
@@ -55,6 +56,8 @@ def plan(
     """
     from scaling.slurm.profile import ClusterProfile
 
+    if parallel and not cluster:
+        raise ClueError("--parallel: of the wall time on a cluster; give --cluster, too")
     _, card, runs = planned_runs(sweep, root, nominal=True)
     rows = [dict(run.row) for run in runs]
     profile = ClusterProfile.read(cluster) if cluster else None
@@ -65,7 +68,10 @@ def plan(
         print_json(rows)
         return
     shown = [c for c in PLAN_SHOWN if c != "run_key" or card.digest]
-    print_table(rows, [*shown, *(COST_SHOWN if costs else ())], drop=PLAN_DROPPED)
+    if costs:
+        place = shown.index("model") + 1
+        shown[place:place] = COST_SHOWN
+    print_table(rows, shown, drop=PLAN_DROPPED)
     nominal = "" if card.digest else ", nominal: it cannot be submitted"
     typer.echo(f"\n{len(rows)} runs on corpus {card.name}{nominal}")
     for name, flops, days in (

@@ -1,9 +1,12 @@
 """Verbs on sweeps, from submission to the tables."""
 
+import contextlib
+import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,7 +23,9 @@ from scaling.cli.app import (
     Yes,
     app,
     known_runs,
+    other_versions,
     planned_runs,
+    runs_of,
     submitted_runs,
 )
 from scaling.cli.plans import bill, costs_of
@@ -89,16 +94,22 @@ def submit(
     from scaling.slurm.profile import ClusterProfile
     from scaling.sweeps import sweep_id, write_sweep
 
+    if budget and no_budget:
+        raise ClueError("--budget and --no-budget contradict each other")
     grid, card, planned = planned_runs(sweep, root)
     profile = ClusterProfile.read(cluster)
     identity = sweep_id(grid.name, planned)
     configs = [p.config for p in planned if p.config]
     driver.check_runs(root, configs, profile)
+    holding = None if no_budget else budget or read_budget(root, identity)
     seen = driver.preview(
-        root, configs, profile, sweep=identity, retry_failed=retry_failed, new_code=new_code
-    )
+        root, configs, profile, sweep=identity, plan=[p.row for p in planned],
+        budget=holding, retry_failed=retry_failed, new_code=new_code,
+    )  # fmt: skip
     steps = {row["run_key"]: row["step"] for row in seen.rows if row["action"]}
     costs = costs_of([p for p in planned if p.row["run_key"] in steps], profile, root, steps)
+    for sentence in other_versions(root, identity, planned):
+        typer.echo(sentence, err=True)
     if dry_run and as_json:
         print_json([row for row in seen.rows if row["action"]])
     elif dry_run:
@@ -109,9 +120,10 @@ def submit(
         typer.echo(f"would submit {len(rows)} of {len(planned)} runs")
     if costs:
         typer.echo(bill(costs, profile, profile.max_parallel), err=as_json or not dry_run)
-        if budget or read_budget(root, identity):
-            typer.echo(f"budget: {budget or read_budget(root, identity):g} GPU-hours", err=True)
+        if holding:
+            typer.echo(f"budget: {holding:g} GPU-hours", err=True)
     if dry_run:
+        _tell_held(seen.rows)
         return
     if costs and not yes:
         _confirm(f"submit {len(costs)} runs?")
@@ -128,10 +140,12 @@ def submit(
     if not as_json:
         typer.echo(_tally(rows))
     if watch:
-        report = None if as_json else _tell_changes()
-        rows = driver.sync(root, runs, profile, sweep=identity, watch=True, report=report)
+        report = None if as_json else _tell_changes(_tally(rows))
+        with _watching(sweep, cluster):
+            rows = driver.sync(root, runs, profile, sweep=identity, watch=True, report=report)
     _tell_stale(rows)
     _tell_held(rows)
+    _tell_left(rows)
     if as_json:
         print_json(rows)
 
@@ -158,14 +172,19 @@ def sync(
 
     grid, _, planned = planned_runs(sweep, root)
     identity = sweep_id(grid.name, planned)
-    rows = driver.sync(
-        root,
-        submitted_runs(planned, root, sweep, identity),
-        ClusterProfile.read(cluster),
-        sweep=identity,
-        watch=watch,
-        report=None if as_json else _tell_changes(),
-    )
+    runs = submitted_runs(planned, root, sweep, identity)
+    with _watching(sweep, cluster):
+        rows = driver.sync(
+            root,
+            runs,
+            ClusterProfile.read(cluster),
+            sweep=identity,
+            watch=watch,
+            report=None if as_json else _tell_changes(),
+        )
+    if len(runs) < len(planned):
+        left = f"{len(planned) - len(runs)} of {len(planned)} runs were never submitted"
+        typer.echo(f"{left}: clue-scaling submit {sweep} --cluster {cluster}", err=True)
     if as_json:
         print_json(rows)
     _tell_held(rows)
@@ -196,14 +215,17 @@ def status(
     Example:
         clue-scaling status sweeps/demo.toml --state FAILED
     """
-    from scaling.slurm.state import State
+    from scaling.slurm.state import FINAL, FRUITLESS_LIMIT, State
     from scaling.slurm.status import status as look
     from scaling.slurm.sync import WATCH_S
 
     states = {s.upper() for s in state or ()}
     if unknown := states - set(State):
         raise ClueError(f"--state {min(unknown)}: no such state; valid: {', '.join(State)}")
-    _, _, planned = planned_runs(sweep, root)
+    causes = {*FINAL, *FRUITLESS_LIMIT}
+    if odd := set(cause or ()) - causes:
+        raise ClueError(f"--cause {min(odd)}: no such cause; valid: {', '.join(sorted(causes))}")
+    identity, planned = runs_of(sweep, root)
     while True:
         rows = _with_new(look(known_runs(planned, root)), planned)
         shown = [
@@ -215,6 +237,9 @@ def status(
             print_json(shown)
         else:
             _print_status(shown, rows, clear=watch)
+            for sentence in other_versions(root, identity, planned):
+                typer.echo(sentence)
+            _print_budget(root, identity, rows)
         if not watch or all(row["over"] for row in rows):
             break
         time.sleep(WATCH_S["slurm"])
@@ -241,10 +266,9 @@ def cancel(
     """
     from scaling.rundir import one_key
     from scaling.slurm.cancel import cancel as end
-    from scaling.sweeps import sweep_id
 
-    grid, _, planned = planned_runs(sweep, root)
-    runs = submitted_runs(planned, root, sweep, sweep_id(grid.name, planned))
+    identity, planned = runs_of(sweep, root)
+    runs = submitted_runs(planned, root, sweep, identity)
     if run:
         keys = {one_key([r.run_key for r in runs], prefix, str(sweep)) for prefix in run}
         runs = [r for r in runs if r.run_key in keys]
@@ -252,6 +276,8 @@ def cancel(
         _confirm(f"cancel {count} runs that are not done?")
     cancelled = end(runs)
     typer.echo(f"cancelled {len(cancelled)} of {len(runs)} runs")
+    for sentence in other_versions(root, identity, planned):
+        typer.echo(sentence, err=True)
 
 
 @app.command()
@@ -288,9 +314,28 @@ def _tally(rows: Rows) -> str:
 
 
 def _confirm(question: str) -> None:
-    """Ask on a terminal; elsewhere (cron, a pipe) what was called for is done."""
-    if sys.stdin.isatty() and sys.stderr.isatty():
-        typer.confirm(question, abort=True, err=True)
+    """Ask where somebody types; elsewhere (cron, a pipe) what was called for is done."""
+    if not sys.stdin.isatty():
+        return
+    with contextlib.ExitStack() as stack:
+        terminal = sys.stderr
+        if not terminal.isatty():
+            terminal = stack.enter_context(open("/dev/tty", "w"))
+        print(f"{question} [y/N]: ", end="", file=terminal, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            print("nothing was done", file=terminal)
+            raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _watching(sweep: Path, cluster: Path) -> Iterator[None]:
+    """Says on Ctrl-C that only the watching ends."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = shlex.join(["clue-scaling", "sync", str(sweep), "--cluster", str(cluster)])
+        typer.echo(f"jobs go on; {again} --watch follows them", err=True)
+        raise
 
 
 def _print_status(shown: Rows, rows: Rows, clear: bool) -> None:
@@ -299,10 +344,37 @@ def _print_status(shown: Rows, rows: Rows, clear: bool) -> None:
     print_table(shown, STATUS_SHOWN, drop=STATUS_DROPPED)
     spent = sum(row["gpu_hours"] or 0.0 for row in rows)
     typer.echo(f"{_tally(rows)}; {spent:.3g} GPU-hours")
+    reasons = Counter(r["evidence"] for r in shown if r["state"] == "QUEUED" and r["evidence"])
+    for reason, count in reasons.items():
+        typer.echo(f"{count} in the queue: {reason}")
     for row in shown:
-        for what, told in (("held", row["held"]), ("stalled", row["stalled"])):
-            if told:
-                typer.echo(f"{row['run_key']} is {what}: {row['evidence'] or 'nothing written'}")
+        for what in ("held", "stalled"):
+            if row[what]:
+                typer.echo(f"{row['run_key']} is {what}")
+        if row["state"] in ("FAILED", "LOST") and row["evidence"]:
+            typer.echo(f"{row['run_key']} {row['cause']}: {row['evidence']}")
+
+
+def _print_budget(root: Path, identity: str, rows: Rows) -> None:
+    from scaling.slurm.budget import read_budget
+
+    if (budget := read_budget(root, identity)) is not None:
+        spent = sum(row["gpu_hours"] or 0.0 for row in rows)
+        typer.echo(f"budget: {budget:g} GPU-hours, {spent:.3g} spent")
+
+
+def _tell_left(rows: Rows) -> None:
+    """Say what a submission left alone."""
+    left = Counter(
+        row["state"]
+        for row in rows
+        if row["state"] in ("FAILED", "LOST", "CANCELLED") and row["cause"] != "damaged"
+    )
+    for state, count in left.items():
+        typer.echo(f"{count} {state}: submit --retry-failed takes them up again", err=True)
+    for row in rows:
+        if row["cause"] == "damaged":
+            typer.echo(f"{row['run_key']} is damaged: {row['evidence']}", err=True)
 
 
 def _tell_held(rows: Rows) -> None:
@@ -319,9 +391,8 @@ def _tell_stale(rows: Rows) -> bool:
     return bool(stale)
 
 
-def _tell_changes() -> Callable[[Rows], None]:
-    """Prints the tally of states whenever it is another."""
-    told = ""
+def _tell_changes(told: str = "") -> Callable[[Rows], None]:
+    """Prints the tally of states whenever it is another than was told."""
 
     def tell(rows: Rows) -> None:
         nonlocal told

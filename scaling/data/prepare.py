@@ -180,7 +180,7 @@ def read_card(corpus_file: Path, root: Path) -> CorpusCard:
     corpus = find_prepared(root, corpus_file)
     if corpus is None:
         raise CorpusError(
-            f"{corpus_file}: not prepared below {root}; run: "
+            f"{corpus_file}: not prepared below {root.absolute()}; run: "
             + shlex.join(["clue-scaling", "prepare", str(corpus_file), "--root", str(root)])
         )
     return corpus.card

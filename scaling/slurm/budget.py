@@ -11,9 +11,10 @@ did after its last row of metrics. A run that two sweeps share counts in full fo
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from scaling import ClueError
 from scaling.config import RunConfig
@@ -35,19 +36,24 @@ class Prices:
     rates: Sequence[Rate]
 
     @classmethod
+    def of_plan(cls, root: Path, rows: Iterable[Mapping[str, Any]]) -> "Prices":
+        """From plan rows."""
+        needed = ("n_total", "flops_exact")
+        return cls(
+            {str(row["run_key"]): {k: float(row[k]) for k in needed} for row in rows},
+            measured_rates(root),
+        )
+
+    @classmethod
     def read(cls, root: Path, sweep: str) -> "Prices | None":
         """Of a submitted sweep; None where it left no plan."""
         path = root / "sweeps" / sweep / "plan.json"
         if not path.exists():
             return None
         try:
-            rows = {
-                str(row["run_key"]): {k: float(row[k]) for k in ("n_total", "flops_exact")}
-                for row in read_json(path)["runs"]
-            }
+            return cls.of_plan(root, read_json(path)["runs"])
         except (KeyError, TypeError, ValueError) as e:
             raise RecordError(f"{path}: not a sweep's plan ({e!r})") from None
-        return cls(rows, measured_rates(root))
 
     def of(self, run: RunDir, config: RunConfig, profile: ClusterProfile) -> Estimate | None:
         """Cost of the rest of a run; None if the plan does not have it.
@@ -66,6 +72,7 @@ class Prices:
             self.rates,
             step=max(run.committed_steps(), default=0),
             start_s=max(START_S, MARGIN * longest),
+            pace=run.pace(),
         )
 
 

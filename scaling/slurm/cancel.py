@@ -3,6 +3,7 @@
 import contextlib
 import getpass
 import os
+import re
 import signal
 import socket
 import time
@@ -15,6 +16,9 @@ from scaling.slurm.scheduler import command, look
 from scaling.slurm.state import DEFAULT_RULES, Phase, State, meaning
 from scaling.slurm.status import survey
 from scaling.slurm.submission import SubmissionError
+
+GONE = re.compile(r"Invalid job id|already complet", re.IGNORECASE)
+"""What scancel says of a job that has ended since it was looked for."""
 
 
 def cancel(runs: Sequence[RunDir]) -> list[str]:
@@ -56,7 +60,7 @@ def cancel(runs: Sequence[RunDir]) -> list[str]:
     for token, job_ids in elements.items():
         # The name guards against an id that Slurm has given to somebody else since.
         ok, output = command("scancel", f"--name={token}", *job_ids)
-        if not ok:
+        if not ok and not GONE.search(output):
             problem = output
     if problem:
         raise SubmissionError(

@@ -1,9 +1,10 @@
 """What runs will cost: GPU-hours, wall time and disk, as measured or else as modelled.
 
 A GPU-hour is an hour of one rank: of a GPU, or on CPUs of a rank's cores. The work of a run is its
-exact FLOPs; what a rank does of them in a second comes, best first, from runs of the same shape on
-the same profile (``measured``), from the stated model scaled by what other runs on the profile did
-(``calibrated``), or from the stated model alone (``model``).
+exact FLOPs; what a rank does of them in a second comes, best first, from the run's own steps so far
+(``own pace``), from runs of the same shape on the same profile (``measured``), from the stated
+model scaled by what other runs on the profile did (``calibrated``), or from that model alone
+(``model``).
 """
 
 import heapq
@@ -19,7 +20,7 @@ from scaling.files import read_json
 from scaling.rundir import RUN_KEY, RunDir
 from scaling.slurm.profile import ClusterProfile, Shape
 
-Basis = Literal["measured", "calibrated", "model"]
+Basis = Literal["own pace", "measured", "calibrated", "model"]
 MFU_BY_WIDTH = ((64, 0.05), (128, 0.10), (192, 0.15), (320, 0.22), (448, 0.28), (720, 0.35))
 """The stated model on a GPU: share of the peak that a model of this width reaches. An assumption,
 on the cautious side; the first finished run of a profile corrects it."""
@@ -31,8 +32,8 @@ START_S = 60.0
 """Of every start: imports, corpus, memory, first batch. [seconds]"""
 MARGIN = 1.5
 """A budget reserves this multiple of what a run is estimated to need still."""
-FEWEST_FLOPS = 1e10
-"""Shorter runs say nothing of a rate. [FLOPs]"""
+SHORTEST_S = 10.0
+"""Shorter runs say nothing of a rate. [seconds]"""
 _FP32 = 4
 
 
@@ -69,7 +70,7 @@ def measured_rates(root: Path) -> list[Rate]:
             continue
         try:
             result = read_json(path)
-            if not result.get("profile") or result["flops_exact"] < FEWEST_FLOPS:
+            if not result.get("profile") or result["seconds"] < SHORTEST_S:
                 continue
             config = RunDir(root, path.parent.name).spec()
             rate = result["flops_exact"] / result["seconds"] / result["world_size"]
@@ -106,6 +107,7 @@ def estimate(
     *,
     step: int = 0,
     start_s: float = START_S,
+    pace: float | None = None,
 ) -> Estimate:
     """Cost of a run on a profile.
 
@@ -115,14 +117,17 @@ def estimate(
         rates: of finished runs; those of other profiles do not count.
         step: steps done already.
         start_s: of every start, before the first step. [seconds]
+        pace: the run's own so far, which beats all else. [steps/s]
 
     Raises:
         ConfigError: the run does not fit the profile.
     """
     shape = profile.shape_of(config)
     rate, basis = _rate(config, shape, profile, rates)
-    left = max(0, config.steps - step) / config.steps
-    seconds = left * flops_exact / rate / shape.world_size
+    left = max(0, config.steps - step)
+    seconds = left / config.steps * flops_exact / rate / shape.world_size
+    if pace:
+        seconds, basis = left / pace, "own pace"
     slices = max(1, -(-seconds // max(1, 60 * shape.time_min - profile.signal_lead_s)))
     wall = (seconds + slices * start_s) / 3600
     train = profile.train

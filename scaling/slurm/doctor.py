@@ -301,12 +301,14 @@ def _partition(profile: ClusterProfile) -> list[Finding]:
     name = str(profile.partition)
     ok, output = command("scontrol", "show", "partition", name)
     if not ok:
-        advice = "see `sinfo -s` for the partitions there are"
-        return [Finding("partition", "problem", f"{name}: {output}", advice)]
+        listed, names = command("sinfo", "--noheader", "--format=%R")
+        there = ", ".join(sorted(set(names.split()))) if listed else f"unknown ({names})"
+        return [Finding("partition", "problem", f"no such partition: {name}", f"valid: {there}")]
     facts = dict(re.findall(r"(\w+)=(\S+)", output))
     state = facts.get("State", "UP")
     findings = [
         *_gpus(profile),
+        *_nodes(profile),
         Finding("partition", "ok", name)
         if state == "UP"
         else Finding("partition", "warning", f"{name} is {state}", "jobs wait until it is UP"),
@@ -339,6 +341,23 @@ def _gpus(profile: ClusterProfile) -> list[Finding]:
         found = f"{wanted} of a node asked for, {max(counts, default=0)} there"
         return [Finding("GPUs", "problem", found, "see `sinfo -o '%P %G'`; set gpus_per_node")]
     return [Finding("GPUs", "ok", f"{max(counts)} of a node, {wanted} asked for")]
+
+
+def _nodes(profile: ClusterProfile) -> list[Finding]:
+    """Whether any node of the partition has the CPUs and memory of a shape."""
+    ok, output = command(
+        "sinfo", "--noheader", f"--partition={profile.partition}", "--exact", "--format=%c %m"
+    )
+    sizes = [tuple(map(int, re.findall(r"\d+", line)[:2])) for line in output.splitlines()]
+    findings = []
+    for shape in dict.fromkeys(profile.shapes()) if ok and all(len(s) == 2 for s in sizes) else ():
+        cpus, memory = shape.tasks_per_node * shape.cpus_per_task, 1024 * (shape.mem_gb or 0)
+        if not any(c >= cpus and m >= memory for c, m in sizes):
+            most = ", ".join(f"{c} CPUs and {m / 1024:.0f} GB" for c, m in sorted(set(sizes)))
+            found = f"{cpus} CPUs and {shape.mem_gb or 0:g} GB of a node asked for, there: {most}"
+            advice = "such jobs never start; set cpus_per_task and mem_gb"
+            findings.append(Finding("node size", "problem", found, advice))
+    return findings
 
 
 def _minutes(text: str) -> int | None:

@@ -42,6 +42,8 @@ LISTING_S = 60.0
 """A folder's listing may be as old on a node (NFS caches). [seconds]"""
 EARLY_S = 60.0
 """So much earlier than asked Slurm may signal the end of the wall time. [seconds]"""
+TELL_S = 60.0
+"""Between two lines of progress in the log. [seconds]"""
 ROOT_CAUSE_S = 5.0
 """A rank that failed because another did leaves that one this time to say why. [seconds]"""
 BUDGET = "the budget's share of this attempt is spent"
@@ -262,9 +264,34 @@ def _train(
     if not settings.threads:
         settings = settings.model_copy(update={"threads": int(os.environ["OMP_NUM_THREADS"])})
     result: dict[str, Any] | None = _named(TRAIN)(
-        run, corpus, settings, attempt=attempt.number, job=job, should_stop=stop
+        run,
+        corpus,
+        settings,
+        attempt=attempt.number,
+        job=job,
+        progress=_Progress(),
+        should_stop=stop,
     )
     return result
+
+
+class _Progress:
+    """Tells the log how far a run is, once a minute."""
+
+    def __init__(self) -> None:
+        self.told, self.first = 0.0, (0.0, 0)
+
+    def __call__(self, step: int, steps: int, loss: float | None) -> None:
+        now = time.monotonic()
+        if not self.told:
+            self.first = (now, step)
+        if self.told and now < self.told + TELL_S and step < steps:
+            return
+        self.told = now
+        since, before = self.first
+        pace = (step - before) / (now - since) if now > since else 0.0
+        left = f", {pace:.3g} steps/s, {(steps - step) / pace / 60:.0f} min to go" if pace else ""
+        print(f"step {step:,} of {steps:,}, loss {loss:.4g}{left}", flush=True)
 
 
 # ending
@@ -275,6 +302,7 @@ def _record_end(run: RunDir, number: int, job: dict[str, Any], cause: str, evide
 
     Where that fails, on a disk that is full say, the log has it and the scheduler has the rest.
     """
+    _tell(f"attempt {number} ends: {cause}{', ' if evidence else ''}{evidence}")
     try:
         generation = 0
         if starts := run.starts():

@@ -124,7 +124,11 @@ def _executor(
             f"for file in {archive} {folder}/arguments.pkl; do test -O $file"
             ' || { echo "error: $file: is missing, or not your own" >&2; exit 1; }; done',
             f"test -e {copied} || cp {folder}/arguments.pkl {copied}",
-            *profile.setup,
+            *(
+                line
+                for number, given in enumerate(profile.setup, 1)
+                for line in (given, f"[ $? -eq 0 ] || {{ {_failed(number)}; }}")
+            ),
             # The archive comes before all else, and the folder that was submitted from not at all.
             f"export PYTHONSAFEPATH=1 PYTHONPATH={archive}${{PYTHONPATH:+:$PYTHONPATH}}",
         ],
@@ -142,6 +146,10 @@ def _executor(
     )
     executor.parameters["map_count"] = len(indices)  # names logs by array and index
     return executor
+
+
+def _failed(number: int) -> str:
+    return f'echo "error: line {number} of setup failed" >&2; exit 1'
 
 
 def start_process(root: Path, sweep: str, token: str, shape: Shape, code: str) -> str:

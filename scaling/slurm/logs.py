@@ -42,6 +42,10 @@ def log_files(run: RunDir, *, attempt: int | None = None, rank: int = 0) -> list
         raise RecordError(
             f"run {run.run_key}, attempt {chosen[0].number}: its job is not known yet; see status"
         )
+    shape = chosen[0].intent["shape"]
+    ranks = int(shape["nodes"]) * int(shape["tasks_per_node"])
+    if rank >= ranks:
+        raise RecordError(f"run {run.run_key} has no rank {rank}; there are: 0 to {ranks - 1}")
     paths = _paths(run, chosen[0], rank)
     found = [p for p in paths if p.exists()]
     if not found:

@@ -99,12 +99,15 @@ FRUITLESS_LIMIT: Mapping[str, int] = {
     "no_result": 2,
 }
 """Per cause: attempts in a row without a newly committed step after which no more are made.
-A cause that is not listed (``error``, ``gpu_oom``, ``disk_full``, ``drift``, ``no_progress``) is
-never retried by itself. With progress there is no limit: a run of many wall-time slices goes on to
-its end."""
+A cause that is not listed (``FINAL``) is never retried by itself. With progress there is no limit:
+a run of many wall-time slices goes on to its end."""
 
+FRUITLESS = "attempts without a new committed step"
 NEVER_ACCEPTED = ("limit", "rejected", "unreachable", "withdrawn")
 """Causes with which a submission never reached the queue: the run is as if nobody had tried."""
+
+FINAL = ("error", "gpu_oom", "disk_full", "drift", "no_progress", "damaged", "cancelled")
+"""Causes that are never retried by themselves."""
 
 UNEXPLAINED = ("crashed", "launch", "no_result")
 """Causes of which the job's log may know better (``scaling.slurm.logs.explain``)."""
@@ -361,9 +364,11 @@ def _ended(facts: Facts, cause: str, evidence: str, known: dict[str, Any]) -> Ve
     limit = FRUITLESS_LIMIT.get(cause, 0)
     count = fruitless(facts)
     start = count < limit
-    if limit and not start:
-        evidence += f" ({count} attempts without a new committed step)"
+    if limit and not start and FRUITLESS not in evidence:
+        evidence += f" ({count} {FRUITLESS})"
     state = State.LOST if cause == "lost" else State.FAILED
+    if cause == "budget" and start:
+        state = State.PLANNED  # its share is spent; it goes on with another
     return Verdict(state, cause=cause, evidence=evidence, start=start, **known)
 
 

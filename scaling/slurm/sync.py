@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from scaling import ClueError
 from scaling.config import RunConfig
 from scaling.rundir import Attempt, RunDir
 from scaling.slurm.budget import Prices, committed_hours, excess, grant, read_budget
 from scaling.slurm.code import archive, digest_of_package
+from scaling.slurm.cost import MARGIN
 from scaling.slurm.profile import ClusterProfile, private_files, safe_root
 from scaling.slurm.state import Rules, State, Verdict, bad_nodes, is_cancelled
 from scaling.slurm.status import Row, Survey, status, status_row, survey
@@ -122,10 +124,16 @@ def preview(
     profile: ClusterProfile,
     *,
     sweep: str,
+    plan: Sequence[Mapping[str, Any]] = (),
+    budget: float | None = None,
     retry_failed: bool = False,
     new_code: bool | None = None,
 ) -> Preview:
     """What ``submit`` would do with these runs now, which need no folders yet; touches nothing.
+
+    Args:
+        plan: plan rows of the runs, for their estimates.
+        budget: that would hold; None: none. [GPU-hours]
 
     Raises:
         As ``submit``.
@@ -138,7 +146,8 @@ def preview(
     if profile.executor == "slurm":
         array_size(profile)  # asks the cluster, as a submission would
     orders = Orders(True, retry_failed, new_code)
-    candidates, held = _choose(root, derived, profile, sweep, orders, configs=configs)
+    prices = Prices.of_plan(root, plan)
+    candidates, held = _choose(derived, profile, orders, prices, budget, configs=configs)
     rows = _rows(derived, {c.run.run_key: None for c in candidates}, held)
     arrays = []
     if profile.executor == "slurm":
@@ -209,10 +218,10 @@ def _pass(
         derived = [(run, close(run, facts, verdict), verdict) for run, facts, verdict in derived]
         busy = sum(v.state in (State.QUEUED, State.RUNNING) for _, _, v in derived)
         room = max(0, profile.max_parallel - busy)
-        candidates, held = _choose(root, derived, profile, sweep, orders, room=room)
+        prices, budget = Prices.read(root, sweep), read_budget(root, sweep)
+        candidates, held = _choose(derived, profile, orders, prices, budget, room=room)
         if candidates:
             archive(root)
-        budget = read_budget(root, sweep)
         started = start_attempts(
             root,
             candidates,
@@ -231,11 +240,11 @@ def _pass(
 
 
 def _choose(
-    root: Path,
     derived: Survey,
     profile: ClusterProfile,
-    sweep: str,
     orders: Orders,
+    prices: Prices | None,
+    budget: float | None,
     *,
     room: int | None = None,
     configs: Sequence[RunConfig] | None = None,
@@ -262,9 +271,9 @@ def _choose(
         candidates = list(within)
     if not candidates:
         return [], held
-    if (prices := Prices.read(root, sweep)) is not None:
+    if prices is not None:
         candidates = [_priced(c, prices, profile) for c in candidates]
-    if (budget := read_budget(root, sweep)) is not None:
+    if budget is not None:
         try:
             taken = committed_hours(
                 [run for run, _, _ in derived], {run.run_key: f for run, f, _ in derived}
@@ -273,7 +282,12 @@ def _choose(
         except ClueError as e:  # what cannot be told may be too much
             return [], str(e)
         if len(granted) < len(candidates):
-            held = f"the budget of {budget:g} GPU-hours is reserved"
+            taken += sum(c.allowance or 0.0 for c in granted)
+            wanted = MARGIN * (candidates[len(granted)].estimate or 0.0)
+            held = (
+                f"of the budget of {budget:g} GPU-hours {taken:.3g} are spent or reserved, and the "
+                f"next run reserves {wanted:.3g} ({MARGIN} times its estimate)"
+            )
         candidates = granted
     return candidates, held
 

@@ -144,7 +144,7 @@ def test_records_of_an_ended_job_have_time_to_arrive():
         ("cancelled", "CANCELLED", False),
         ("no_progress", "FAILED", False),
         ("drift", "FAILED", False),
-        ("budget", "FAILED", True),
+        ("budget", "PLANNED", True),
         ("withdrawn", "PLANNED", True),
         ("stopped", "FAILED", True),
         ("comm", "FAILED", True),
