@@ -122,6 +122,12 @@ counts in parts."""
 BLAMED_S = 86_400.0
 """So long a failure speaks against a node. [seconds]"""
 
+ARRIVING = "ended; its records may still arrive"
+UNSEEN = "submitted; not seen yet"
+MEANWHILE = "submitted meanwhile"
+PASSING = (ARRIVING, UNSEEN, MEANWHILE)
+"""Why a state is not known yet, though the scheduler answers."""
+
 LAUNCH_HELD = "launch_failed_requeued_held"
 """Slurm's reason for holding a job that a node could not start."""
 
@@ -332,7 +338,7 @@ def _of_job(
         if word.phase is Phase.RUNNING:
             return Verdict(State.RUNNING, **known)
         if job.ended is not None and now - job.ended < rules.settle_s:
-            return Verdict(last, stale="ended; its records may still arrive", **known)
+            return Verdict(last, stale=ARRIVING, **known)
         if word.cause == "cancelled":
             return _ended(facts, "cancelled", job.word, known)
         cause = "launch" if word.cause == "crashed" and not newest.claim else word.cause
@@ -350,7 +356,7 @@ def _of_job(
     else:
         grace = rules.settle_s if seen else rules.quarantine_s
     if now - since <= grace:
-        return Verdict(last, stale="submitted; not seen yet", **known)
+        return Verdict(last, stale=UNSEEN, **known)
     if local and seen:
         return _ended(facts, "killed", "its process is gone and left no end record", known)
     return _ended(facts, "lost", "no job of this attempt is known to the scheduler", known)

@@ -14,6 +14,7 @@ from scaling.slurm.logs import explanation
 from scaling.slurm.scheduler import look
 from scaling.slurm.state import (
     DEFAULT_RULES,
+    MEANWHILE,
     UNEXPLAINED,
     Facts,
     Rules,
@@ -59,7 +60,7 @@ def survey(runs: Iterable[RunDir], rules: Rules) -> tuple[Snapshot, Survey]:
         if newer and newer[-1].end is None and not is_cancelled(facts.attempts):
             # Somebody has made it since; nobody was asked about it.
             state = State.RUNNING if newer[-1].claim else State.QUEUED
-            verdict = Verdict(state, newer[-1].number, stale="submitted meanwhile")
+            verdict = Verdict(state, newer[-1].number, stale=MEANWHILE)
         else:
             verdict = derive(facts, snapshot, begun, rules)
         if verdict.cause in UNEXPLAINED and facts.attempts[-1].end is None:

@@ -29,9 +29,11 @@ from scaling.slurm.state import Facts, Phase, State, Verdict, meaning
 
 log = logging.getLogger(__name__)
 SWEEP = re.compile(r"[a-z0-9][a-z0-9_-]{0,80}")
-LIMIT_TRUSTED_S = 3600.0
-"""A submit limit that was met is believed for so long, then tried again: it may have changed.
-[seconds]"""
+LIMIT_TRUSTED_S = 900.0
+"""A submit limit that was met is believed for so long, then tried again with a few runs: it may
+have changed, or be a group's. [seconds]"""
+PROBES = 32
+"""So many."""
 
 
 class SubmissionError(ClueError):
@@ -213,12 +215,14 @@ def within_known_limit(
         and a.intent.get("profile") == profile.name
     ]
     newest = max(met, key=lambda end: float(end["time"]), default=None)
-    if newest is None or time.time() - float(newest["time"]) > LIMIT_TRUSTED_S:
+    if newest is None:
         return candidates, ""
     queued = queued_jobs()
     if queued is None:
         raise Unreachable("nothing submitted: squeue does not say how many jobs are queued")
     room = max(0, int(newest["queued"]) - queued)
+    if time.time() - float(newest["time"]) > LIMIT_TRUSTED_S:
+        room = max(room, PROBES)
     held = f"at a submit limit of {newest['queued']} queued jobs"
     return candidates[:room], held if room < len(candidates) else ""
 

@@ -20,7 +20,7 @@ from scaling.slurm.budget import Prices, committed_hours, excess, grant, read_bu
 from scaling.slurm.code import archive, digest_of_package
 from scaling.slurm.cost import MARGIN
 from scaling.slurm.profile import ClusterProfile, private_files, safe_root
-from scaling.slurm.state import Rules, State, Verdict, bad_nodes, is_cancelled
+from scaling.slurm.state import PASSING, Rules, State, Verdict, bad_nodes, is_cancelled
 from scaling.slurm.status import Row, Survey, status, status_row, survey
 from scaling.slurm.submission import (
     Candidate,
@@ -147,14 +147,14 @@ def preview(
         array_size(profile)  # asks the cluster, as a submission would
     orders = Orders(True, retry_failed, new_code)
     prices = Prices.of_plan(root, plan)
-    candidates, held = _choose(derived, profile, orders, prices, budget, configs=configs)
-    rows = _rows(derived, {c.run.run_key: None for c in candidates}, held)
+    choice = _choose(derived, profile, orders, prices, budget, configs=configs)
+    rows = _rows(derived, {c.run.run_key: None for c in choice.candidates}, choice)
     arrays = []
     if profile.executor == "slurm":
         exclude = bad_nodes(_attempts(derived), time.time())
         arrays = [
             (len(chunk.candidates), script)
-            for chunk, script in scripts(root, candidates, profile, sweep, exclude)
+            for chunk, script in scripts(root, choice.candidates, profile, sweep, exclude)
         ]
     return Preview(rows, arrays)
 
@@ -193,11 +193,14 @@ def sync(
                 raise
             log.warning("%s", e)  # a controller that is down for an hour ends no watch
             rows = status(runs, _rules(profile))
+            silent += 1
+        else:
+            unknown = any(row["stale"] and row["stale"] not in PASSING for row in rows)
+            silent = silent + 1 if unknown else 0
         if report is not None:
             report(rows)
         if not watch or all(row["over"] for row in rows):
             return rows
-        silent = silent + 1 if any(row["stale"] for row in rows) else 0
         # Many who watch must not all ask at once, least of all a controller that is overloaded.
         wait = min(pause * 2 ** min(silent, 10), max(pause, PATIENT_S))
         time.sleep(wait * random.uniform(0.9, 1.1))
@@ -213,18 +216,18 @@ def _pass(
     root = safe_root(root)
     snapshot, derived = survey(runs, _rules(profile))
     if not snapshot.answered:  # an unknown state changes nothing: it must not hide a job that runs
-        return _rows(derived, {}, "")
+        return _rows(derived, {}, Choice())
     with private_files():
         derived = [(run, close(run, facts, verdict), verdict) for run, facts, verdict in derived]
         busy = sum(v.state in (State.QUEUED, State.RUNNING) for _, _, v in derived)
         room = max(0, profile.max_parallel - busy)
         prices, budget = Prices.read(root, sweep), read_budget(root, sweep)
-        candidates, held = _choose(derived, profile, orders, prices, budget, room=room)
-        if candidates:
+        choice = _choose(derived, profile, orders, prices, budget, room=room)
+        if choice.candidates:
             archive(root)
         started = start_attempts(
             root,
-            candidates,
+            choice.candidates,
             profile,
             sweep,
             exclude=bad_nodes(_attempts(derived), time.time()),
@@ -236,7 +239,19 @@ def _pass(
             excess=None if budget is None else lambda: excess(runs, budget),
         )
     new = {s.run_key: s for s in started.submitted}
-    return _rows(derived, new, held or started.held)
+    if started.held and not choice.held:
+        choice = replace(choice, held=started.held)
+    return _rows(derived, new, choice)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Runs that get a new attempt now, on what terms, and why no others do."""
+
+    candidates: Sequence[Candidate] = ()
+    held: str = ""
+    for_a_person: bool = False
+    """What holds them back does not pass by itself: a budget, a full disk."""
 
 
 def _choose(
@@ -248,8 +263,8 @@ def _choose(
     *,
     room: int | None = None,
     configs: Sequence[RunConfig] | None = None,
-) -> tuple[list[Candidate], str]:
-    """Runs that get a new attempt now, on what terms, and why no others do.
+) -> Choice:
+    """Choose the runs that get a new attempt.
 
     Args:
         room: runs that may start on this host, where others start as these end; None: all.
@@ -261,7 +276,8 @@ def _choose(
     if not orders.retry_failed:
         for _, _, v in derived:
             if v.cause == "disk_full" and not v.start:
-                return [], f"{v.evidence}: nothing is started until submit --retry-failed"
+                why = f"{v.evidence}: nothing is started until submit --retry-failed"
+                return Choice(held=why, for_a_person=True)
     candidates = _candidates(derived, orders, configs)
     held = ""
     if profile.executor == "local":
@@ -270,7 +286,7 @@ def _choose(
         within, held = within_known_limit(candidates, _attempts(derived), profile)
         candidates = list(within)
     if not candidates:
-        return [], held
+        return Choice(held=held)
     if prices is not None:
         candidates = [_priced(c, prices, profile) for c in candidates]
     if budget is not None:
@@ -280,7 +296,7 @@ def _choose(
             )
             granted = grant(candidates, budget - taken)
         except ClueError as e:  # what cannot be told may be too much
-            return [], str(e)
+            return Choice(held=str(e), for_a_person=True)
         if len(granted) < len(candidates):
             taken += sum(c.allowance or 0.0 for c in granted)
             wanted = MARGIN * (candidates[len(granted)].estimate or 0.0)
@@ -288,17 +304,18 @@ def _choose(
                 f"of the budget of {budget:g} GPU-hours {taken:.3g} are spent or reserved, and the "
                 f"next run reserves {wanted:.3g} ({MARGIN} times its estimate)"
             )
+            return Choice(granted, held, for_a_person=True)
         candidates = granted
-    return candidates, held
+    return Choice(candidates, held)
 
 
-def _rows(derived: Survey, started: Mapping[str, Submitted | None], held: str) -> list[Row]:
+def _rows(derived: Survey, started: Mapping[str, Submitted | None], choice: Choice) -> list[Row]:
     """Rows of all runs.
 
     Args:
         started: what was submitted, by run key; None for what would be.
-        held: why other runs that could start do not.
     """
+    held = choice.held
     rows = []
     for run, facts, verdict in derived:
         chosen, new = run.run_key in started, started.get(run.run_key)
@@ -308,8 +325,9 @@ def _rows(derived: Survey, started: Mapping[str, Submitted | None], held: str) -
         row["action"] = "submit" if chosen else None
         row["waiting"] = held if held and verdict.start and not chosen else None
         rows.append(row)
-    if not any(row["state"] in (State.QUEUED, State.RUNNING) for row in rows):
-        for row in rows:  # what is held back for a person does not go on by itself
+    running = any(row["state"] in (State.QUEUED, State.RUNNING) for row in rows)
+    if choice.for_a_person and not running:
+        for row in rows:
             row["over"] = row["over"] or row["waiting"] is not None
     return rows
 

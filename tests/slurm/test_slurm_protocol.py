@@ -124,3 +124,27 @@ def test_shapes_make_arrays_of_their_own(root, make_runs, fake_slurm):
     three = profile.model_copy(update={"shape": Shape(tasks_per_node=3), "larger": ()})
     with pytest.raises(ConfigError, match="not divisible by the 3 ranks"):
         sync.submit(root, runs, three, sweep="s")
+
+
+def test_a_watch_goes_on_at_a_submit_limit_and_tries_again_in_time(
+    root, make_runs, fake_slurm, slurm_profile, monkeypatch
+):
+    runs = make_runs(2)
+    fake_slurm.fault(max_submit=0)  # other people's jobs fill the group's limit
+    looks = []
+
+    def report(rows):
+        looks.append([row["waiting"] for row in rows])
+        if len(looks) == 3:
+            fake_slurm.fault()
+            monkeypatch.setattr("scaling.slurm.submission.LIMIT_TRUSTED_S", 0.0)
+        if len(looks) == 4:
+            assert fake_slurm.finish() == [0, 0]
+
+    rows = sync.sync(
+        root, runs, slurm_profile, sweep="s", watch=True, interval_s=0.01, report=report
+    )
+    assert states(rows) == ["DONE", "DONE"]
+    assert all("limit" in why for look in looks[:3] for why in look)
+    assert looks[3] == [None, None]
+    assert [len(run.attempts()) for run in runs] == [2, 2]
