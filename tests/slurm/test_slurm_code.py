@@ -172,5 +172,5 @@ def test_variables_that_change_slurms_commands_do_not_reach_them(tmp_path, monke
     ok, output = command("env")
     assert ok
     names = {line.partition("=")[0] for line in output.splitlines()}
-    assert {n for n in names if n.startswith(("SQUEUE", "SBATCH", "SLURM"))} == {"SLURM_CONF"}
+    assert {n for n in names if n.startswith(("SQUEUE_", "SBATCH_", "SLURM_"))} == {"SLURM_CONF"}
     assert "OMP_NUM_THREADS" in names

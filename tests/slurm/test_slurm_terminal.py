@@ -30,6 +30,15 @@ items_per_user = [2, 3, 4]
 """
 
 
+@pytest.fixture(autouse=True)
+def _at_a_terminal():
+    """Signals mean what they mean there, also where these tests run under ``nohup``."""
+    kept = {s: signal.signal(s, signal.SIG_DFL) for s in (signal.SIGHUP, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def study(tiny_corpus, fake_slurm):
     """A root with a corpus, a sweep of three runs, and profiles."""
