@@ -94,6 +94,7 @@ def costs_of(
     have done ``steps``, the rest."""
     from dataclasses import asdict
 
+    from scaling.rundir import RunDir
     from scaling.slurm.cost import estimate, measured_rates
 
     rates = measured_rates(root)
@@ -101,7 +102,10 @@ def costs_of(
     for run in planned:
         row = run.row
         step = (steps or {}).get(row["run_key"], 0)
-        cost = estimate(run.settings, row["n_total"], row["flops_exact"], profile, rates, step=step)
+        pace = RunDir(root, row["run_key"]).pace() if step else None
+        cost = estimate(
+            run.settings, row["n_total"], row["flops_exact"], profile, rates, step=step, pace=pace
+        )
         found.append(asdict(cost) | {"pf_days_exact": row["pf_days_exact"]})
     return found
 

@@ -384,11 +384,13 @@ def _tell_held(rows: Rows) -> None:
 
 
 def _tell_stale(rows: Rows) -> bool:
-    """Say why states are only the last known, where some are."""
+    """Say why states are only the last known, where some are; whether nobody answered."""
+    from scaling.slurm.state import PASSING
+
     stale = sorted({r["stale"] for r in rows if r["stale"]})
     for why in stale:
         typer.echo(f"last known states: {why}", err=True)
-    return bool(stale)
+    return not set(stale) <= set(PASSING)
 
 
 def _tell_changes(told: str = "") -> Callable[[Rows], None]:
