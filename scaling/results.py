@@ -323,7 +323,7 @@ def _collect_run(
         row["corpus"] = str(specification["corpus"])
         row["corpus_digest"] = config.data.corpus_digest
         row["pool_size"], row["pool_digest"] = config.pool.size, config.pool.digest
-        row["attempts"] = _attempts(run) or None
+        row["attempts"] = len(run.attempt_numbers()) or None
         found, left_out = _curve_rows(run, config)
         row["step"] = max((r["step"] for r in found), default=None)
         result = run.result()
@@ -353,13 +353,6 @@ def _collect_run(
     elif not downstream:
         account.without_transfer.append(key)
     return row
-
-
-def _attempts(run: RunDir) -> int:
-    """Number of attempts, as folders with an intent, which is not read."""
-    return sum(
-        (run.path / "attempts" / f"{n:04d}" / "intent.json").exists() for n in run.attempt_numbers()
-    )
 
 
 RESULT_COLUMNS = (

@@ -124,10 +124,6 @@ class RunDir:
             )
         return config, record
 
-    def corpus(self) -> str:
-        """Name of the run's corpus."""
-        return str(read_json(self.path / "spec.json")["corpus"])
-
     def result(self) -> dict[str, Any] | None:
         """The final record, or None while the run is not over."""
         path = self.path / "result.json"
@@ -159,11 +155,14 @@ class RunDir:
         """Steps of the committed checkpoints, ascending, without reading them. [steps]"""
         return sorted(int(p.parent.name[5:]) for p in self.path.glob("ckpt/step-[0-9]*/COMMITTED"))
 
+    def attempt_path(self, number: int, name: str) -> Path:
+        """File of one record of an attempt."""
+        return self.path / "attempts" / f"{number:04d}" / f"{name}.json"
+
     def attempt_numbers(self) -> list[int]:
-        """Numbers of all attempts, ascending, without reading them."""
-        return sorted(
-            int(p.name) for p in self.path.glob("attempts/[0-9][0-9][0-9][0-9]") if p.is_dir()
-        )
+        """Numbers of all attempts, ascending, without reading them: of folders with an intent."""
+        found = self.path.glob("attempts/[0-9][0-9][0-9][0-9]/intent.json")
+        return sorted(int(p.parent.name) for p in found)
 
     def record(self, number: int, name: str, record: Mapping[str, Any]) -> bool:
         """Create one record of an attempt; False if it exists (it is untouched).
@@ -174,7 +173,7 @@ class RunDir:
         if name not in RECORDS:
             raise RecordError(f"no such attempt record: {name!r}; valid: {', '.join(RECORDS)}")
         return create_json(
-            self.path / "attempts" / f"{number:04d}" / f"{name}.json",
+            self.attempt_path(number, name),
             {"schema_version": 1, **record},
         )
 

@@ -42,7 +42,7 @@ def test_a_run_lies_under_its_key(run: RunDir, tmp_path: Path) -> None:
     key = configured().run_key
     assert run.path == tmp_path / "runs" / key[:2] / key
     assert run.spec() == configured()
-    assert run.corpus() == "demo"
+    assert run.specification()[1]["corpus"] == "demo"
 
 
 def test_creating_again_changes_nothing(run: RunDir, tmp_path: Path) -> None:

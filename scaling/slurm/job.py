@@ -47,12 +47,10 @@ TELL_S = 60.0
 ROOT_CAUSE_S = 5.0
 """A rank that failed because another did leaves that one this time to say why. [seconds]"""
 BUDGET = "the budget's share of this attempt is spent"
-_PR_SET_PDEATHSIG = 1
-
-
 FRUITLESS_STARTS = 3
 """Starts of one job in a row (preempted, requeued) from the same checkpoint, after which it gives
 up: slices too short for a step would go on for ever."""
+_PR_SET_PDEATHSIG = 1
 
 
 class StopFlag:
@@ -199,7 +197,8 @@ def _check(run: RunDir, attempt: Attempt, job: dict[str, Any], rank: int) -> Non
         return
     newest = max(run.committed_steps(), default=0)
     job |= capture(run.root)
-    earlier = [(s.get("job") or {}).get("environment") for s in run.starts()]
+    starts = run.starts()
+    earlier = [(s.get("job") or {}).get("environment") for s in starts]
     before = [e for e in earlier if e] if newest and not attempt.intent["allow_drift"] else []
     changed = drift(run.root, before[-1], job["environment"]) if before else []
     if changed:
@@ -208,10 +207,8 @@ def _check(run: RunDir, attempt: Attempt, job: dict[str, Any], rank: int) -> Non
             f"{', '.join(changed[:6])}: not what the run was trained with so far; go on with "
             "submit --retry-failed --allow-drift",
         )
-    starts = [s for s in run.starts() if s.get("attempt") == attempt.number]
-    if len(starts) >= FRUITLESS_STARTS and all(
-        s["resumed_from"] == newest for s in starts[-FRUITLESS_STARTS:]
-    ):
+    mine = [s["resumed_from"] for s in starts if s.get("attempt") == attempt.number]
+    if mine[-FRUITLESS_STARTS:] == [newest] * FRUITLESS_STARTS:
         raise Unfit(
             "no_progress",
             f"{FRUITLESS_STARTS} starts in a row from step {newest}, and none committed another: "

@@ -1,12 +1,13 @@
 """Where a run's output is: submitit's log files, found through the records of its attempts."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from scaling.files import RecordError
 from scaling.rundir import Attempt, RunDir, chunk_folder
 from scaling.slurm.failures import START_LINE, explain
+from scaling.slurm.profile import Shape
 
 TAIL_BYTES = 1 << 20
 EXPLAINING_LINES, EXPLAINING_RANKS = 200, 64
@@ -28,25 +29,14 @@ def log_files(run: RunDir, *, attempt: int | None = None, rank: int = 0) -> list
     Raises:
         RecordError: the run has no such attempt, or nothing was written yet.
     """
-    attempts = run.attempts()
-    if not attempts:
+    chosen = _chosen(run, run.attempts(), attempt)
+    if not (chosen.claim or chosen.submit):
         raise RecordError(
-            f"run {run.run_key} was never submitted, so that no job has logs; `train` prints to "
-            "the terminal"
+            f"run {run.run_key}, attempt {chosen.number}: its job is not known yet; see status"
         )
-    chosen = [a for a in attempts if attempt is None or a.number == attempt][-1:]
-    if not chosen:
-        numbers = ", ".join(str(a.number) for a in attempts)
-        raise RecordError(f"run {run.run_key} has no attempt {attempt}; there are: {numbers}")
-    if not (chosen[0].claim or chosen[0].submit):
-        raise RecordError(
-            f"run {run.run_key}, attempt {chosen[0].number}: its job is not known yet; see status"
-        )
-    shape = chosen[0].intent["shape"]
-    ranks = int(shape["nodes"]) * int(shape["tasks_per_node"])
-    if rank >= ranks:
+    if rank >= (ranks := _ranks(chosen)):
         raise RecordError(f"run {run.run_key} has no rank {rank}; there are: 0 to {ranks - 1}")
-    paths = _paths(run, chosen[0], rank)
+    paths = _paths(run, chosen, rank)
     found = [p for p in paths if p.exists()]
     if not found:
         raise RecordError(f"{paths[0]}: no such file; the job has not started yet")
@@ -57,14 +47,31 @@ def explanation(run: RunDir, attempt: Attempt) -> tuple[str, str] | None:
     """Cause and evidence that the ends of an attempt's logs have, of whichever rank; else None."""
     if not (attempt.claim or attempt.submit):
         return None
-    ranks = int(attempt.intent["shape"]["nodes"]) * int(attempt.intent["shape"]["tasks_per_node"])
     ends = [
         tail(path, EXPLAINING_LINES).rpartition(START_LINE)[2]  # of the last start alone
-        for rank in range(min(ranks, EXPLAINING_RANKS))
+        for rank in range(min(_ranks(attempt), EXPLAINING_RANKS))
         for path in _paths(run, attempt, rank)
         if path.exists()
     ]
     return explain("\n".join(ends))
+
+
+def _chosen(run: RunDir, attempts: Sequence[Attempt], number: int | None) -> Attempt:
+    """The attempt of this number, or the newest."""
+    if not attempts:
+        raise RecordError(
+            f"run {run.run_key} was never submitted, so that no job has logs; `train` prints to "
+            "the terminal"
+        )
+    chosen = [a for a in attempts if number is None or a.number == number]
+    if not chosen:
+        numbers = ", ".join(str(a.number) for a in attempts)
+        raise RecordError(f"run {run.run_key} has no attempt {number}; there are: {numbers}")
+    return chosen[-1]
+
+
+def _ranks(attempt: Attempt) -> int:
+    return Shape.model_validate(attempt.intent["shape"]).world_size
 
 
 def _paths(run: RunDir, attempt: Attempt, rank: int) -> list[Path]:
@@ -95,10 +102,7 @@ def follow(
     asked = time.monotonic()
     while True:
         attempts = run.attempts()
-        chosen = [a for a in attempts if attempt is None or a.number == attempt][-1:]
-        if not chosen:
-            log_files(run, attempt=attempt, rank=rank)  # says which there are
-        followed = chosen[0]
+        followed = _chosen(run, attempts, attempt)
         due = followed.end is not None or time.monotonic() > asked + ASK_S
         ended = followed.number < attempts[-1].number or (due and over())
         asked = time.monotonic() if due else asked

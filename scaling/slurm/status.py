@@ -9,7 +9,7 @@ from typing import Any
 
 from scaling import ClueError
 from scaling.files import read_json
-from scaling.rundir import RunDir
+from scaling.rundir import TAIL_BYTES, RunDir
 from scaling.slurm.logs import explanation
 from scaling.slurm.scheduler import look
 from scaling.slurm.state import (
@@ -27,7 +27,6 @@ from scaling.slurm.state import (
 
 Row = dict[str, Any]
 Survey = list[tuple[RunDir, Facts, Verdict]]
-TAIL_BYTES = 1 << 16
 STALLED_S = 900.0
 """A running run that has written nothing for so long is shown as stalled. [seconds]"""
 
@@ -155,7 +154,7 @@ def status_row(run: RunDir, facts: Facts, verdict: Verdict) -> Row:
 def _record(run: RunDir, number: int, name: str) -> dict[str, Any]:
     """A record of an attempt; empty if it has none, or one that cannot be read."""
     try:
-        return dict(read_json(run.path / "attempts" / f"{number:04d}" / f"{name}.json"))
+        return dict(read_json(run.attempt_path(number, name)))
     except ClueError:
         return {}
 
