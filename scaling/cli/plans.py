@@ -1,9 +1,9 @@
 """What a sweep trains and costs."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,10 +12,10 @@ from scaling.cli.app import WORK, Json, Root, SweepFile, app, planned_runs
 from scaling.cli.terminal import print_json, print_table
 
 if TYPE_CHECKING:
+    from scaling.slurm.cost import Estimate
     from scaling.slurm.profile import ClusterProfile
     from scaling.sweeps import PlannedRun
 
-Rows = Sequence[Mapping[str, Any]]
 PLAN_SHOWN = (
     "run_key", "model", "n_total", "n_non_embedding", "batch_size", "items_per_user",
     "items_per_user_mean", "data_fraction", "shuffle", "users_seen", "epochs", "steps", "seed",
@@ -54,6 +54,8 @@ def plan(
     Example:
         clue-scaling plan sweeps/scale_factors.toml --cluster slurm/example_v100.toml
     """
+    from dataclasses import asdict
+
     from scaling.slurm.profile import ClusterProfile
 
     if parallel and not cluster:
@@ -63,7 +65,7 @@ def plan(
     profile = ClusterProfile.read(cluster) if cluster else None
     costs = costs_of(runs, profile, root) if profile else []
     for row, cost in zip(rows, costs, strict=False):
-        row.update(cost)
+        row.update(asdict(cost))
     if as_json:
         print_json(rows)
         return
@@ -81,44 +83,37 @@ def plan(
         total, in_days = (sum(r[k] for r in rows) for k in (flops, days))
         typer.echo(f"{name}: {in_days:.4g} PF-days, {total:.4g} FLOPs")
     if profile:
-        typer.echo(bill(rows, profile, parallel or profile.max_parallel))
+        days = sum(row["pf_days_exact"] for row in rows)
+        typer.echo(bill(costs, days, profile, parallel or profile.max_parallel))
 
 
 def costs_of(
-    planned: "Sequence[PlannedRun]",
-    profile: "ClusterProfile",
-    root: Path,
-    steps: Mapping[str, int] | None = None,
-) -> list[dict[str, Any]]:
-    """What each of the runs costs on a profile, by ``COST_SHOWN``, with its PF-days; of those that
-    have done ``steps``, the rest."""
-    from dataclasses import asdict
-
-    from scaling.rundir import RunDir
+    planned: "Sequence[PlannedRun]", profile: "ClusterProfile", root: Path
+) -> "list[Estimate]":
+    """What each of the runs costs on a profile, from its start."""
     from scaling.slurm.cost import estimate, measured_rates
 
     rates = measured_rates(root)
-    found = []
-    for run in planned:
-        row = run.row
-        step = (steps or {}).get(row["run_key"], 0)
-        pace = RunDir(root, row["run_key"]).pace() if step else None
-        cost = estimate(
-            run.settings, row["n_total"], row["flops_exact"], profile, rates, step=step, pace=pace
-        )
-        found.append(asdict(cost) | {"pf_days_exact": row["pf_days_exact"]})
-    return found
+    return [
+        estimate(run.settings, run.row["n_total"], run.row["flops_exact"], profile, rates)
+        for run in planned
+    ]
 
 
-def bill(costs: Rows, profile: "ClusterProfile", parallel: int) -> str:
-    """One line of what runs cost in all."""
+def bill(
+    costs: "Sequence[Estimate]", pf_days: float, profile: "ClusterProfile", parallel: int
+) -> str:
+    """One line of what runs cost in all.
+
+    Args:
+        pf_days: of the runs, counted exactly. [PF-days]
+    """
     from scaling.slurm.cost import wall_hours
 
-    gpu, disk, days = (sum(c[k] for c in costs) for k in ("gpu_hours", "disk_gb", "pf_days_exact"))
-    wall = wall_hours([c["wall_hours"] for c in costs], parallel)
-    basis = Counter(c["basis"] for c in costs)
-    told = ", ".join(f"{n} {b}" for b, n in basis.items())
+    gpu, disk = sum(c.gpu_hours for c in costs), sum(c.disk_gb for c in costs)
+    wall = wall_hours([c.wall_hours for c in costs], parallel)
+    told = ", ".join(f"{n} {basis}" for basis, n in Counter(c.basis for c in costs).items())
     return (
-        f"{len(costs)} runs on {profile.name}: about {gpu:.3g} GPU-hours, {days:.3g} PF-days "
+        f"{len(costs)} runs on {profile.name}: about {gpu:.3g} GPU-hours, {pf_days:.3g} PF-days "
         f"(exact count); {wall:.3g} hours with {parallel} at once; {disk:.3g} GB of disk ({told})"
     )

@@ -28,7 +28,7 @@ from scaling.cli.app import (
     runs_of,
     submitted_runs,
 )
-from scaling.cli.plans import bill, costs_of
+from scaling.cli.plans import bill
 from scaling.cli.terminal import print_json, print_table
 
 if TYPE_CHECKING:
@@ -106,8 +106,7 @@ def submit(
         root, configs, profile, sweep=identity, plan=[p.row for p in planned],
         budget=holding, retry_failed=retry_failed, new_code=new_code,
     )  # fmt: skip
-    steps = {row["run_key"]: row["step"] for row in seen.rows if row["action"]}
-    costs = costs_of([p for p in planned if p.row["run_key"] in steps], profile, root, steps)
+    costs = list(seen.costs.values())
     for sentence in other_versions(root, identity, planned):
         typer.echo(sentence, err=True)
     if dry_run and as_json:
@@ -119,7 +118,9 @@ def submit(
         print_table(rows, ["run_key", "state", "attempts", "step", "steps"])
         typer.echo(f"would submit {len(rows)} of {len(planned)} runs")
     if costs:
-        typer.echo(bill(costs, profile, profile.max_parallel), err=as_json or not dry_run)
+        days = sum(p.row["pf_days_exact"] for p in planned if p.row["run_key"] in seen.costs)
+        price = bill(costs, days, profile, profile.max_parallel)
+        typer.echo(price, err=as_json or not dry_run)
         if holding:
             typer.echo(f"budget: {holding:g} GPU-hours", err=True)
     if dry_run:

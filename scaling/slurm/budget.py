@@ -147,10 +147,11 @@ def grant(candidates: Sequence[Candidate], left: float) -> list[Candidate]:
     for c in candidates:
         if c.estimate is None:
             raise ClueError(f"run {c.run.run_key}: the sweep's plan does not have it")
-        left -= MARGIN * c.estimate
+        allowance = MARGIN * c.estimate.gpu_hours
+        left -= allowance
         if left < 0:
             break
-        granted.append(replace(c, allowance=MARGIN * c.estimate))
+        granted.append(replace(c, allowance=allowance))
     return granted
 
 

@@ -21,6 +21,7 @@ from scaling import ClueError, __version__
 from scaling.config import RunConfig
 from scaling.files import write_json
 from scaling.rundir import Attempt, RunDir, chunk_folder
+from scaling.slurm.cost import Estimate
 from scaling.slurm.failures import refused_as
 from scaling.slurm.launcher import Refused, array_script, start_array, start_process
 from scaling.slurm.profile import ClusterProfile, Shape
@@ -54,8 +55,8 @@ class Candidate:
     verdict: Verdict
     code: str = ""
     """Digest of the archive that its job imports."""
-    estimate: float | None = None
-    """What the rest of the run is estimated to take. [GPU-hours]"""
+    estimate: Estimate | None = None
+    """What the rest of the run is estimated to take."""
     allowance: float | None = None
     """What the attempt may take at most; None without a budget. [GPU-hours]"""
     again: bool = False
@@ -303,7 +304,7 @@ def _intend(
             "code": c.code,
             "again": c.again,
             "allow_drift": c.allow_drift,
-            "estimate_gpu_hours": c.estimate,
+            "estimate_gpu_hours": None if c.estimate is None else c.estimate.gpu_hours,
             "allowance_gpu_hours": c.allowance,
             "host": socket.gethostname(),
             "user": user_name(),

@@ -18,7 +18,7 @@ from scaling.config import RunConfig
 from scaling.rundir import Attempt, RunDir
 from scaling.slurm.budget import Prices, committed_hours, excess, grant, read_budget
 from scaling.slurm.code import archive, digest_of_package
-from scaling.slurm.cost import MARGIN
+from scaling.slurm.cost import MARGIN, Estimate
 from scaling.slurm.profile import ClusterProfile, private_files, safe_root
 from scaling.slurm.state import PASSING, Rules, State, Verdict, bad_nodes, is_cancelled
 from scaling.slurm.status import Row, Survey, status, status_row, survey
@@ -116,6 +116,8 @@ class Preview:
     """Status rows of all runs; ``action`` is ``submit`` for those that it would submit."""
     arrays: list[tuple[int, str]]
     """Size and job script of every array; none on this host."""
+    costs: dict[str, Estimate]
+    """What the rest of each of those runs will take, by run key."""
 
 
 def preview(
@@ -156,7 +158,8 @@ def preview(
             (len(chunk.candidates), script)
             for chunk, script in scripts(root, choice.candidates, profile, sweep, exclude)
         ]
-    return Preview(rows, arrays)
+    costs = {c.run.run_key: c.estimate for c in choice.candidates if c.estimate is not None}
+    return Preview(rows, arrays, costs)
 
 
 def sync(
@@ -288,7 +291,7 @@ def _choose(
     if not candidates:
         return Choice(held=held)
     if prices is not None:
-        candidates = [_priced(c, prices, profile) for c in candidates]
+        candidates = [replace(c, estimate=prices.of(c.run, c.config, profile)) for c in candidates]
     if budget is not None:
         try:
             taken = committed_hours(
@@ -299,7 +302,8 @@ def _choose(
             return Choice(held=str(e), for_a_person=True)
         if len(granted) < len(candidates):
             taken += sum(c.allowance or 0.0 for c in granted)
-            wanted = MARGIN * (candidates[len(granted)].estimate or 0.0)
+            next_run = candidates[len(granted)].estimate
+            wanted = MARGIN * next_run.gpu_hours if next_run else 0.0
             held = (
                 f"of the budget of {budget:g} GPU-hours {taken:.3g} are spent or reserved, and the "
                 f"next run reserves {wanted:.3g} ({MARGIN} times its estimate)"
@@ -385,8 +389,3 @@ def _attempts(derived: Survey) -> list[Attempt]:
     for run, facts, _ in derived:
         found += facts.attempts or (run.attempts() if facts.newest > 1 else ())
     return found
-
-
-def _priced(candidate: Candidate, prices: Prices, profile: ClusterProfile) -> Candidate:
-    estimated = prices.of(candidate.run, candidate.config, profile)
-    return candidate if estimated is None else replace(candidate, estimate=estimated.gpu_hours)

@@ -11,7 +11,7 @@ from scaling import ClueError
 from scaling.config import TrainSettings
 from scaling.rundir import Attempt, append_line
 from scaling.slurm import budget, cost
-from scaling.slurm.cost import MARGIN, START_S, Rate, estimate, wall_hours
+from scaling.slurm.cost import MARGIN, START_S, Estimate, Rate, estimate, wall_hours
 from scaling.slurm.profile import ClusterProfile, Shape
 from scaling.slurm.state import Facts, Verdict
 from scaling.slurm.submission import Candidate
@@ -97,7 +97,8 @@ def test_wall_time_is_that_of_a_queue(hours, parallel):
 
 
 def candidate(run, hours):
-    return Candidate(run, run.spec(), Facts(run.run_key), Verdict("PLANNED"), estimate=hours)
+    estimated = None if hours is None else Estimate(hours, hours, 0.0, "model")
+    return Candidate(run, run.spec(), Facts(run.run_key), Verdict("PLANNED"), estimate=estimated)
 
 
 def test_a_budget_grants_in_order_and_in_full(make_runs):
