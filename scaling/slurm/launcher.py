@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,76 +31,68 @@ class Refused(ClueError):
     """``sbatch`` failed; its message says whether the job may come all the same."""
 
 
-def start_array(
-    root: Path,
-    sweep: str,
-    token: str,
-    indices: range,
-    shape: Shape,
-    profile: ClusterProfile,
-    *,
-    code: str,
-    parallel: int,
-    exclude: str | None,
-) -> list[str]:
-    """Submit elements of a chunk as one job array; returns their job ids, ``<array>_<index>``.
+@dataclass(frozen=True)
+class JobArray:
+    """Elements of a chunk that one ``sbatch`` submits."""
+
+    root: Path
+    sweep: str
+    token: str
+    indices: range
+    """Their places in the chunk, and in the array."""
+    shape: Shape
+    profile: ClusterProfile
+    code: str
+    """Digest of the archive that they import."""
+    parallel: int
+    """So many execute at once."""
+    exclude: str | None
+    """Nodes not to be used, as Slurm lists them."""
+
+    @property
+    def folder(self) -> Path:
+        """The chunk's."""
+        return chunk_folder(self.root, self.sweep, self.token)
+
+
+def start_array(array: JobArray) -> list[str]:
+    """Submit a job array; returns its elements' job ids, ``<array>_<index>``.
 
     Raises:
         Refused: ``sbatch`` gave no job id.
     """
-    folder = chunk_folder(root, sweep, token)
-    folder.mkdir(parents=True, exist_ok=True)
+    array.folder.mkdir(parents=True, exist_ok=True)
     # submitit brings the arguments to where a job looks for them after sbatch has answered. Where
     # the answer is lost or the login dies first, a job would wait a minute for them and fail. They
     # are the same for every job of a chunk: the script copies them.
-    arguments = DelayedSubmission(run_job, str(root), sweep, token)
-    arguments.set_timeout(shape.time_min, 0)
-    arguments.dump(folder / "arguments.pkl")
-    executor = _executor(root, sweep, token, indices, shape, profile, code, parallel, exclude)
+    words = str(array.root), array.sweep, array.token
+    arguments = DelayedSubmission(run_job, *words)
+    arguments.set_timeout(array.shape.time_min, 0)
+    arguments.dump(array.folder / "arguments.pkl")
+    executor = _executor(array)
     try:
         with _environment(scheduler.environment()):
-            job = executor.submit(run_job, str(root), sweep, token)
+            job = executor.submit(run_job, *words)
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as e:
         raise Refused(str(e).strip()) from None
-    return [f"{job.job_id}_{i}" for i in indices]
+    return [f"{job.job_id}_{i}" for i in array.indices]
 
 
-def array_script(
-    root: Path,
-    sweep: str,
-    token: str,
-    count: int,
-    shape: Shape,
-    profile: ClusterProfile,
-    *,
-    code: str,
-    parallel: int,
-    exclude: str | None,
-) -> str:
+def array_script(array: JobArray) -> str:
     """The script that ``start_array`` would give to ``sbatch``; writes nothing."""
-    executor = _executor(root, sweep, token, range(count), shape, profile, code, parallel, exclude)
+    executor = _executor(array)
     text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
     return text
 
 
-def _executor(
-    root: Path,
-    sweep: str,
-    token: str,
-    indices: range,
-    shape: Shape,
-    profile: ClusterProfile,
-    code: str,
-    parallel: int,
-    exclude: str | None,
-) -> Any:
-    folder = chunk_folder(root, sweep, token)
+def _executor(array: JobArray) -> Any:
+    folder, shape, profile = array.folder, array.shape, array.profile
     try:
         executor = submitit.SlurmExecutor(folder=folder)
     except RuntimeError as e:
         raise ClueError(f"no Slurm on this machine ({e}); submit from a login node") from e
     wanted = {
-        "job_name": token,
+        "job_name": array.token,
         "time": shape.time_min,
         "nodes": shape.nodes,
         "ntasks_per_node": shape.tasks_per_node,
@@ -110,9 +103,10 @@ def _executor(
         "account": profile.account,
         "qos": profile.qos,
         "constraint": profile.constraint,
-        "exclude": exclude,
+        "exclude": array.exclude,
     }
-    archive = archive_path(root, code)
+    archive = archive_path(array.root, array.code)
+    first, last = array.indices[0], array.indices[-1]
     copied = f"{folder}/${{job}}_submitted.pkl"
     executor.update_parameters(
         **{k: v for k, v in wanted.items() if v is not None},
@@ -136,7 +130,7 @@ def _executor(
             "requeue": True,
             # Elements keep their index in the chunk, wherever the array begins; always an array,
             # so that one run's job is named and logged as any other.
-            "array": f"{indices[0]}-{indices[-1]}%{min(parallel, len(indices))}",
+            "array": f"{first}-{last}%{min(array.parallel, len(array.indices))}",
             # submitit takes another signal from a variable of the shell.
             "signal": f"USR2@{profile.signal_lead_s}",
         },
@@ -144,7 +138,7 @@ def _executor(
         # inherit --cpus-per-task since Slurm 22.05.
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={shape.cpus_per_task}"],
     )
-    executor.parameters["map_count"] = len(indices)  # names logs by array and index
+    executor.parameters["map_count"] = len(array.indices)  # names logs by array and index
     return executor
 
 

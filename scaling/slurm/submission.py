@@ -23,7 +23,7 @@ from scaling.files import write_json
 from scaling.rundir import Attempt, RunDir, chunk_folder
 from scaling.slurm.cost import Estimate
 from scaling.slurm.failures import refused_as
-from scaling.slurm.launcher import Refused, array_script, start_array, start_process
+from scaling.slurm.launcher import JobArray, Refused, array_script, start_array, start_process
 from scaling.slurm.profile import ClusterProfile, Shape
 from scaling.slurm.scheduler import command, process_identity, queued_jobs, user_name
 from scaling.slurm.state import Facts, Phase, State, Verdict, meaning
@@ -147,14 +147,18 @@ def scripts(
     check_name(sweep)
     chunks = split(candidates, profile, array_size(profile))
     for chunk in chunks:
-        yield (
-            chunk,
-            array_script(
-                root, sweep, f"{sweep}-{'0' * 10}", len(chunk.candidates), chunk.shape, profile,
-                code=chunk.code, parallel=max(1, profile.max_parallel // len(chunks)),
-                exclude=_excluded(profile, exclude),
-            ),
-        )  # fmt: skip
+        array = JobArray(
+            root,
+            sweep,
+            f"{sweep}-{'0' * 10}",
+            range(len(chunk.candidates)),
+            chunk.shape,
+            profile,
+            chunk.code,
+            parallel=max(1, profile.max_parallel // len(chunks)),
+            exclude=_excluded(profile, exclude),
+        )
+        yield chunk, array_script(array)
 
 
 def check_name(sweep: str) -> None:
@@ -359,11 +363,18 @@ def _sbatch(
         part = range(begin, min(begin + size, len(won)))
         try:
             job_ids = start_array(
-                root, sweep, token, part, chunk.shape, profile,
-                code=chunk.code,
-                parallel=max(1, parallel * len(part) // len(won)),
-                exclude=_excluded(profile, exclude),
-            )  # fmt: skip
+                JobArray(
+                    root,
+                    sweep,
+                    token,
+                    part,
+                    chunk.shape,
+                    profile,
+                    chunk.code,
+                    parallel=max(1, parallel * len(part) // len(won)),
+                    exclude=_excluded(profile, exclude),
+                )
+            )
         except (Refused, OSError, ClueError) as e:
             cause = refused_as(str(e)) if isinstance(e, Refused) else "rejected"
             if cause == "limit" and len(part) > 1:

@@ -134,19 +134,20 @@ class Sweep(RuleBasedStateMachine):
             return False, f"{words[0]}: {err.getvalue().strip().splitlines()[-1]}"
         return True, out.getvalue()
 
-    def start_array(self, root, sweep, token, indices, shape, profile, *, code, parallel, exclude):
+    def start_array(self, array):
         self.tick()
         script = self.folder / "script"
+        first, last = array.indices[0], array.indices[-1]
         script.write_text(
-            f"#SBATCH --job-name={token}\n#SBATCH --array={indices[0]}-{indices[-1]}%{parallel}\n"
-            + (f"#SBATCH --exclude={exclude}\n" if exclude else "")
+            f"#SBATCH --job-name={array.token}\n#SBATCH --array={first}-{last}%{array.parallel}\n"
+            + (f"#SBATCH --exclude={array.exclude}\n" if array.exclude else "")
         )
         ok, output = self.command("sbatch", str(script))
         self.tick()
         if not ok:
             raise Refused(output)
         main = output.split()[-1]
-        return [f"{main}_{i}" for i in indices]
+        return [f"{main}_{i}" for i in array.indices]
 
     def ticking(self, do, *arguments):
         self.tick()
