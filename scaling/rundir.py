@@ -21,6 +21,7 @@ writer may commit only while no newer one exists. Every record is created or rep
 
 import json
 import re
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ class RunDir:
         self.root = Path(root)
         self.run_key = run_key
         self.path = self.root / "runs" / run_key[:2] / run_key
-        self._opened: dict[int, int] = {}
+        self._opened: dict[int, str] = {}
         """Files of the generations that this process has opened, by their numbers on disk."""
 
     @classmethod
@@ -197,9 +198,10 @@ class RunDir:
             raise ValueError("a generation must say the step it resumed from")
         while True:
             generation = max(self.generations(), default=0) + 1
+            mine = secrets.token_hex(8)
             line = {"kind": "start", "schema_version": 1, "generation": generation, **header}
-            if create_bytes(self.metrics_path(generation), _line(line)):
-                self._opened[generation] = self.metrics_path(generation).stat().st_ino
+            if create_bytes(self.metrics_path(generation), _line({**line, "token": mine})):
+                self._opened[generation] = mine
                 return generation
 
     def starts(self) -> list[dict[str, Any]]:
@@ -246,8 +248,14 @@ class RunDir:
         """Raise Superseded if a newer generation than ``generation`` has started, or if the one
         that this process opened is not there any more: somebody removed the run."""
         if (mine := self._opened.get(generation)) is not None:
+            # A word in the file, not its inode: a file made after one was removed may get the
+            # same number.
             path = self.metrics_path(generation)
-            if not path.exists() or path.stat().st_ino != mine:
+            try:
+                first = next(_lines(path), {})
+            except FileNotFoundError:
+                first = {}
+            if first.get("token") != mine:
                 raise Superseded(f"{path}: is not the one that this process opened; it stops")
         newest = max(self.generations(), default=0)
         if newest > generation:

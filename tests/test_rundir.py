@@ -1,6 +1,7 @@
 """Records of a run: attempts, the generation fence, and curves after crashes."""
 
 import json
+import re
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -143,6 +144,9 @@ def test_generations_are_numbered_and_say_where_they_resumed(run: RunDir) -> Non
     assert run.start_generation({"resumed_from": 0}) == 1
     assert run.start_generation({"resumed_from": 20, "host": "n1"}) == 2
     line = json.loads(run.metrics_path(2).read_text())
+    first = json.loads(run.metrics_path(1).read_text())
+    assert re.fullmatch("[0-9a-f]{16}", first["token"])
+    assert line.pop("token") != first["token"]
     assert line == {
         "kind": "start", "schema_version": 1, "generation": 2, "resumed_from": 20, "host": "n1",
     }  # fmt: skip
