@@ -311,6 +311,47 @@ class TrainSettings(Frozen):
         return tuple(steps * (i + 1) // n for i in range(n)) or (steps,)
 
 
+HEADS = ("u-mlp", "u-mlp-64", "linear")
+Head = Literal["u-mlp", "u-mlp-64", "linear"]
+
+
+class Evaluation(Frozen):
+    """One evaluation of an encoder on a downstream task: all that decides its numbers besides the
+    encoder. How it is done is decision 0006."""
+
+    schema_version: Literal[2] = 2
+    corpus_digest: Digest
+    """Corpus that the task is of: the run's own, or for a foreign task another."""
+    task: Name
+    task_digest: Digest
+    head: Head = "u-mlp"
+    history: Literal["target", "all"] = "target"
+    folds: Literal[2, 5, 10] = 5
+    """Means nothing for a ``leave_one_out`` task, whose users are all tested at once."""
+    seeds: Count = 1
+    """Seeds 0, 1, ... of the head; metrics are means over them."""
+
+    @property
+    def key(self) -> str:
+        """Name of the record: ``<task>-<8 letters>``."""
+        return f"{self.task}-{short_digest(canonical_json(self.model_dump(mode='json')))[:8]}"
+
+
+class TransferSettings(Frozen):
+    """The downstream evaluations of every run of a sweep: its ``[transfer]`` table."""
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Tasks of the sweep's corpus, or ``<corpus>:<task>`` of another prepared corpus."""
+    heads: Annotated[tuple[Head, ...], Field(min_length=1)] = ("u-mlp",)
+    """``u-mlp``: the paper's two towers; ``u-mlp-64``: the same on the 64 leading principal
+    components of the features, so that the head is the same at every width; ``linear``: one matrix
+    a tower (LMRec's linear probe)."""
+    history: Literal["target", "all"] = "target"
+    """User features from the task's own service, or from all its history services."""
+    folds: Literal[2, 5, 10] = 5
+    seeds: Count = 1
+
+
 def canonical_json(obj: Any) -> bytes:
     """The one byte string of a JSON value: sorted keys, no spaces, no NaN, ASCII."""
     return json.dumps(
