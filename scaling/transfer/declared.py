@@ -23,7 +23,7 @@ def evaluations(root: Path, corpus: Corpus, settings: TransferSettings) -> list[
         for head in settings.heads:
             found.append(
                 Evaluation(
-                    corpus_digest=of.card.digest,
+                    corpus_digest=str(of.card.digest),
                     task=task,
                     task_digest=tasks[task],
                     head=head,
