@@ -311,8 +311,8 @@ class TrainSettings(Frozen):
         return tuple(steps * (i + 1) // n for i in range(n)) or (steps,)
 
 
-HEADS = ("u-mlp", "u-mlp-64", "linear")
-Head = Literal["u-mlp", "u-mlp-64", "linear"]
+Head = Literal["u-mlp", "u-mlp-64", "linear", "hybrid"]
+HEADS = get_args(Head)
 
 
 class Evaluation(Frozen):
@@ -345,7 +345,8 @@ class TransferSettings(Frozen):
     heads: Annotated[tuple[Head, ...], Field(min_length=1)] = ("u-mlp",)
     """``u-mlp``: the paper's two towers; ``u-mlp-64``: the same on the 64 leading principal
     components of the features, so that the head is the same at every width; ``linear``: one matrix
-    a tower (LMRec's linear probe)."""
+    a tower (LMRec's linear probe); ``hybrid``: ``u-mlp`` with the user vectors of the better of BST
+    and LightGCN beside the features."""
     history: Literal["target", "all"] = "target"
     """User features from the task's own service, or from all its history services."""
     folds: Literal[2, 5, 10] = 5

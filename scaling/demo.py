@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from scaling import ClueError
+from scaling.config import TransferSettings
 from scaling.data.corpus import Corpus
 from scaling.data.prepare import prepare
 from scaling.data.tasks import Task
@@ -154,10 +155,13 @@ def _transfer(
 def _evaluate(root: str, run_key: str, corpus: str, tasks: list[str]) -> None:
     import torch
 
+    from scaling.transfer.declared import evaluations
     from scaling.transfer.evaluate import evaluate
 
     torch.set_num_threads(1)
-    evaluate(RunDir(Path(root), run_key), Corpus.open(Path(corpus)), tasks, folds=FOLDS)
+    own = Corpus.open(Path(corpus))
+    settings = TransferSettings(tasks=tuple(tasks), folds=FOLDS)
+    evaluate(RunDir(Path(root), run_key), own, evaluations(Path(root), own, settings))
 
 
 def _analyse(

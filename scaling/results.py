@@ -27,7 +27,7 @@ from scaling.sweeps import PLAN_COLUMNS
 if TYPE_CHECKING:
     import pandas as pd
 
-TABLES_VERSION = 2
+TABLES_VERSION = 3
 """Version of all three tables; it rises when a reader of an older one would misread them."""
 TRAIN_POINTS = 200
 """Training rows kept per run, evenly spaced; the evaluations on the pool are all kept."""
@@ -138,28 +138,38 @@ CURVES_SCHEMA = _schema(
     ],
 )  # fmt: skip
 
+
+def _with_interval(name: str, unit: str, meaning: str) -> list[tuple[str, pa.DataType, str, str]]:
+    return [
+        (name, FLOAT, unit, f"{meaning}; mean over targets and seeds"),
+        (f"{name}_low", FLOAT, unit, f"lower end of the 95 % interval of {name}, users resampled"),
+        (f"{name}_high", FLOAT, unit, "upper end of it"),
+    ]
+
+
 TRANSFER_SCHEMA = _schema(
     "transfer",
     [
-        ("run_key", STR, "", "name of the run whose encoder was used"),
+        ("run_key", STR, "", "run whose encoder was used; null: a system without one"),
         ("task", STR, "", "downstream task"),
-        ("system", STR, "", "clue/u-mlp, single/u-mlp: two-tower head on the encoder's frozen "
-         "features; popularity: no encoder"),
-        ("fold", INT, "", "fold of the task's users"),
+        ("system", STR, "", "encoder and head (clue/u-mlp, clue/u-mlp-64, clue/linear, "
+         "clue/hybrid), or a system without an encoder (popularity, tfidf, bst, lightgcn, ...)"),
+        ("segment", STR, "", "all, or the segment of users: new, cold, regular, heavy"),
         ("history", STR, "", "target: the target service's own log; all: every service's"),
-        ("folds", INT, "", "folds in all"),
-        ("seed", INT, "", "seed of the heads"),
+        ("folds", INT, "", "folds of the users: every user is tested in one"),
+        ("seeds", INT, "", "seeds of what is trained on the features"),
         ("task_digest", STR, "", "digest of the task's content"),
         ("step", INT, "steps", "checkpoint that was evaluated: always the run's last step"),
-        ("hr_1", FLOAT, "", "hit rate at 1 among 1 + 100 candidates"),
-        ("hr_10", FLOAT, "", "hit rate at 10"),
-        ("ndcg_10", FLOAT, "", "normalised discounted cumulative gain at 10"),
-        ("mrr", FLOAT, "", "mean reciprocal rank"),
-        ("loss", FLOAT, "nats", "downstream loss: binary cross-entropy on fixed pairs"),
-        ("loss_softmax", FLOAT, "nats", "cross-entropy over the 101 candidates"),
+        *_with_interval("hr_1", "", "hit rate at 1 among the candidates"),
+        *_with_interval("hr_10", "", "hit rate at 10"),
+        *_with_interval("ndcg_10", "", "normalised discounted cumulative gain at 10"),
+        *_with_interval("mrr", "", "mean reciprocal rank"),
+        *_with_interval("loss", "nats", "downstream loss: binary cross-entropy on fixed pairs"),
+        *_with_interval("loss_softmax", "nats", "cross-entropy over the 101 candidates"),
         ("tie_gap", FLOAT, "", "largest change of a metric between best and worst order of ties"),
-        ("n_users", INT, "users", "test users of the fold"),
-        ("n_targets", INT, "items", "test targets of the fold"),
+        ("candidates", INT, "items", "items that a target is ranked among, itself included"),
+        ("n_users", INT, "users", "users tested"),
+        ("n_targets", INT, "items", "targets tested"),
     ],
 )  # fmt: skip
 
@@ -229,6 +239,10 @@ def collect(
         "curves": pa.concat_tables(curves),
         "transfer": pa.concat_tables(transfer),
     }
+    baselines = _baseline_rows(root, tables["transfer"])
+    tables["transfer"] = pa.concat_tables(
+        [tables["transfer"], pa.Table.from_pylist(baselines, schema=TRANSFER_SCHEMA)]
+    )
     states = Counter(row["state"] or "UNFINISHED" for row in runs)
     report = {
         "schema_version": TABLES_VERSION,
@@ -420,8 +434,8 @@ def _curve_row(run: RunDir, kind: str, point: Mapping[str, Any]) -> dict[str, An
     return row | {"run_key": run.run_key, "kind": kind, "pool_size": None}
 
 
-TRANSFER_HEADER = ("run_key", "task", "step", "history", "folds", "seed", "task_digest")
-"""Columns that hold for a whole transfer record."""
+PROTOCOL = ("history", "folds", "seeds", "task_digest")
+"""Columns of the transfer table in which the rows of one comparison agree."""
 
 
 def _transfer_rows(
@@ -433,13 +447,38 @@ def _transfer_rows(
         record = read_json(path)
         if not isinstance(record, dict) or record.get("run_key") != run.run_key:
             raise RecordError(f"{path}: not a transfer record of run {run.run_key}")
-        shared = {name: record.get(name) for name in TRANSFER_HEADER}
+        if not isinstance(record.get("evaluation"), dict):
+            stale.append({"run_key": run.run_key, "record": path.name, "step": record.get("step")})
+            continue  # of a version that kept folds apart
+        shared = {name: record["evaluation"].get(name) for name in PROTOCOL}
+        shared |= {"run_key": run.run_key, "step": record.get("step")}
         if shared["step"] != config.steps:
-            stale.append({name: shared[name] for name in ("run_key", "task", "step")})
+            stale.append({"run_key": run.run_key, "record": path.name, "step": shared["step"]})
             continue
         for entry in record.get("rows", []):
             rows.append({name: entry.get(name) for name in TRANSFER_SCHEMA.names} | shared)
     return rows, stale
+
+
+def _baseline_rows(root: Path, transfer: pa.Table) -> list[dict[str, Any]]:
+    """Rows of the systems without an encoder on the tasks that the runs were evaluated on.
+
+    Raises:
+        RecordError: a record is torn, or is none.
+    """
+    tasks = set(transfer["task_digest"].to_pylist())
+    rows = []
+    for path in sorted((root / "baselines").glob("*/*/*.json")):
+        record = read_json(path)
+        if not isinstance(record, dict) or not {"task_digest", "rows"} <= record.keys():
+            raise RecordError(f"{path}: not a record of a baseline")
+        if record["task_digest"] in tasks:
+            shared = {name: record.get(name) for name in PROTOCOL}
+            rows += [
+                {name: row.get(name) for name in TRANSFER_SCHEMA.names} | shared
+                for row in record["rows"]
+            ]
+    return rows
 
 
 def _read(path: Path, name: str) -> "pd.DataFrame":

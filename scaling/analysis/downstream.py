@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import pearsonr, spearmanr
 
+from scaling.results import PROTOCOL
+
 HEAD = "/u-mlp"
 """Ending of the downstream systems that stand for an encoder; before it, the encoder's system."""
-PROTOCOL = ("history", "folds", "seed", "task_digest")
-"""Columns of the transfer table in which the runs of one comparison must agree."""
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class TaskPoints:
     """The runs of one task."""
 
     points: pd.DataFrame
-    """``run_key``, ``pretraining`` loss, ``downstream`` metric (mean over folds)."""
+    """``run_key``, ``pretraining`` loss, ``downstream`` metric, and ``low``, ``high``."""
     system: str
     """Downstream system of the points."""
     left_out: tuple[str, ...]
@@ -36,7 +36,8 @@ def downstream_points(
         system: downstream system; None: of the encoder that most runs of the task have.
     """
     known = runs.loc[runs["loss"].notna(), ["run_key", "loss"]]
-    rows = transfer[transfer[metric].notna()].merge(
+    everybody = transfer[transfer[metric].notna() & (transfer["segment"] == "all")]
+    rows = everybody.merge(
         known.rename(columns={"loss": "pretraining"}), on="run_key", suffixes=("", "_run")
     )
     tasks = {}
@@ -48,9 +49,10 @@ def downstream_points(
         if chosen is None or own.empty:
             continue
         failed = _differences(own)
-        means = own.groupby(["run_key", "pretraining"])[metric].mean()
+        columns = {metric: "downstream", f"{metric}_low": "low", f"{metric}_high": "high"}
+        points = own[["run_key", "pretraining", *columns]].rename(columns=columns)
         tasks[str(task)] = TaskPoints(
-            means.iloc[: 0 if failed else None].rename("downstream").reset_index(),
+            points.iloc[: 0 if failed else None].sort_values("run_key", ignore_index=True),
             chosen,
             tuple(f"{name}: {n} runs" for name, n in counts.items() if name != chosen),
             failed,

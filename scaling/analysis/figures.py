@@ -105,7 +105,7 @@ def transfer_vs_pretraining(
     baseline: str | None = "popularity",
     ax: Axes | None = None,
 ) -> Axes:
-    """Downstream loss (mean over folds) against pretraining loss, one colour a task.
+    """Downstream loss with its 95 % interval against pretraining loss, one colour a task.
 
     The legend gives Pearson's and Spearman's correlation over runs; a dashed line shows the
     baseline of the same task. A task whose runs were evaluated differently is named and not drawn.
@@ -129,7 +129,12 @@ def transfer_vs_pretraining(
             points["pretraining"], points["downstream"], color=color, s=34, alpha=0.9,
             marker=MARKERS[i % len(MARKERS)], linewidths=0, label=label,
         )  # fmt: skip
+        ax.vlines(
+            points["pretraining"], points["low"], points["high"], color=color, linewidth=0.8,
+            alpha=0.6,
+        )  # fmt: skip
         rows = transfer[(transfer["task"] == task) & (transfer["system"] == baseline)]
+        rows = rows[rows["segment"] == "all"]
         if len(rows) and rows[metric].notna().any():
             ax.axhline(
                 rows[metric].mean(), color=color, linestyle="--", linewidth=1,

@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,14 @@ import typer
 
 from scaling import ClueError
 from scaling.cli.app import WORK, Json, Root, app, known_runs, planned_runs
-from scaling.cli.terminal import print_json, print_table, progress
+from scaling.cli.terminal import (
+    TRANSFER_COLUMNS,
+    print_json,
+    print_table,
+    progress,
+    with_intervals,
+)
+from scaling.config import HEADS
 
 RunKey = Annotated[str, typer.Argument(help="Run key, or its first letters.")]
 
@@ -102,67 +109,75 @@ def transfer(
     run: Annotated[str, typer.Argument(help="Run key, its first letters, or a sweep file.")],
     root: Root = WORK,
     task: Annotated[
-        list[str] | None, typer.Option(help="Task; default: all that have folds and that history.")
+        list[str] | None,
+        typer.Option(
+            help="Task, or CORPUS:TASK of another corpus; default: the sweep's, or all "
+            "that have this history."
+        ),
+    ] = None,
+    head: Annotated[
+        list[str] | None, typer.Option(help=f"Head: {', '.join(HEADS)}; default: u-mlp.")
     ] = None,
     folds: Annotated[int, typer.Option(help="Folds of the users: 2, 5 or 10.")] = 5,
-    seed: Annotated[int, typer.Option(help="Seed of the heads.")] = 0,
+    seeds: Annotated[int, typer.Option(help="Seeds of the heads.")] = 1,
     history: Annotated[str, typer.Option(help="target: the task's own log; or all.")] = "target",
+    step: Annotated[
+        int | None, typer.Option(help="Exported step; default: the run's last one.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a run's frozen encoder on downstream tasks.
 
-    Of a sweep file, all runs that are done.
+    Of a sweep file, all runs that are done, on the tasks of its [transfer] table if it has one.
+    What is recorded is not computed again.
 
     \b
     Example:
         clue-scaling transfer sweeps/demo.toml
+        clue-scaling transfer <RUN> --task food --head linear --head u-mlp
     """
+    from scaling.config import TransferSettings
     from scaling.data.corpus import Corpus
     from scaling.rundir import RunDir
+    from scaling.sweeps import Grid
+    from scaling.transfer.declared import evaluations, fit_tasks
     from scaling.transfer.evaluate import evaluate
 
+    declared = None
     if run.endswith(".toml"):
         _, _, planned = planned_runs(Path(run), root)
         known = [(r, r.result()) for r in known_runs(planned, root)]
         chosen = [r for r, result in known if result and result["status"] == "done"]
         if not chosen:
             raise ClueError(f"{run}: none of its {len(planned)} runs is done yet")
+        declared = Grid.read(Path(run)).transfer
     else:
         chosen = [RunDir.find(root, run)]
     rows: list[dict[str, Any]] = []
     with progress("transfer") as update:
         for i, one in enumerate(chosen):
             corpus = Corpus.find(root, one.spec().data.corpus_digest)
-            update(i, len(chosen), one.run_key)
-            rows += evaluate(
-                one,
-                corpus,
-                task or None,
-                folds=folds,
-                seed=seed,
-                history=history,
-            )
+            if declared is None or task or head:
+                settings = TransferSettings.parse(
+                    {
+                        "tasks": task or fit_tasks(corpus, history),
+                        "heads": head or ["u-mlp"],
+                        **{"folds": folds, "seeds": seeds, "history": history},
+                    },
+                    "transfer",
+                )
+            else:
+                settings = declared
+
+            def tell(share: float, what: str, i: int = i, key: str = one.run_key) -> None:
+                update(round(100 * (i + share)), 100 * len(chosen), f"{key} {what}")
+
+            wanted = evaluations(root, corpus, settings)
+            rows += evaluate(one, corpus, wanted, step=step, progress=tell)
     if as_json:
         print_json(rows)
         return
-    print_table(_fold_means(rows), ["run_key", "task", "system", *FOLD_MEANS])
-
-
-FOLD_MEANS = ("hr_1", "hr_10", "ndcg_10", "mrr", "loss", "loss_softmax")
-
-
-def _fold_means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["run_key"], row["task"], row["system"]), []).append(row)
-    means = []
-    for (run_key, task, system), folds in groups.items():
-        mean: dict[str, Any] = {"run_key": run_key, "task": task, "system": system}
-        for name in FOLD_MEANS:
-            values = [f[name] for f in folds if f[name] is not None]
-            mean[name] = sum(values) / len(values) if values else None
-        means.append(mean)
-    return means
+    print_table(with_intervals(rows), ["run_key", *TRANSFER_COLUMNS])
 
 
 @contextlib.contextmanager

@@ -33,6 +33,25 @@ def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+TRANSFER_COLUMNS = (
+    "task", "system", "segment", "hr_1", "hr_10", "ndcg_10", "mrr", "loss", "n_users",
+)  # fmt: skip
+"""Of downstream evaluations, for people."""
+
+
+def with_intervals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of downstream evaluations, each metric in a word with half its interval's width."""
+    found = []
+    for row in rows:
+        words = dict(row)
+        for name in TRANSFER_COLUMNS:
+            if row.get(f"{name}_low") is not None:
+                half = (row[f"{name}_high"] - row[f"{name}_low"]) / 2
+                words[name] = f"{row[name]:.4f} ±{half:.4f}"
+        found.append(words)
+    return found
+
+
 def print_table(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, drop: Sequence[str] = ()
 ) -> None:

@@ -98,19 +98,21 @@ def domains(corpus: Corpus, name: str, reference: Corpus) -> list[Domain]:
         _, history = task.history(task.service)
         counts = count_items(corpus, history) + count_items(corpus, task.targets.reshape(-1))
         logs[f"{name}/tasks/{task_name}"] = counts
-    texts = text_tokens if _same_tokenizer(corpus, reference) else _encoded_again(corpus, reference)
+    texts = text_tokens if same_tokenizer(corpus, reference) else encoded_again(corpus, reference)
     tokens = token_counts(corpus, [*logs.values()], reference.card.vocab_size, texts)
     parts = [Domain(n, int(logs[n].sum()), t) for n, t in zip(logs, tokens, strict=True)]
     total = sum(p.behaviours for p in parts[:services])
     return [Domain(name, total, np.sum(tokens[:services], axis=0)), *parts]
 
 
-def _same_tokenizer(one: Corpus, other: Corpus) -> bool:
+def same_tokenizer(one: Corpus, other: Corpus) -> bool:
+    """Whether two corpora's items are cut into tokens by the same file."""
+    """Whether two corpora's texts were cut into tokens alike."""
     digest, another = (c.manifest["files"]["tokenizer.json"]["sha256"] for c in (one, other))
     return bool(digest == another)
 
 
-def _encoded_again(corpus: Corpus, reference: Corpus) -> Texts:
+def encoded_again(corpus: Corpus, reference: Corpus) -> Texts:
     """Texts of a corpus in tokens of another: what the cut at 32 tokens left of them, cut again."""
     own = tokenizer.load(corpus.path / "tokenizer.json")
     target = tokenizer.load(reference.path / "tokenizer.json")

@@ -18,7 +18,6 @@ A task is checked for leaks when it is made, and whenever it is opened or verifi
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -26,11 +25,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from scaling.data.batches import latest, pack_items
 from scaling.data.corpus import Corpus, CorpusError, blocks, load_array, refuse
 from scaling.data.task_forms import SEGMENTS
 from scaling.files import read_json
-from scaling.packing import PackedBatch, spans
+from scaling.packing import spans
 
 Ints = NDArray[np.int64]
 SCHEMA_VERSION = 1
@@ -309,35 +307,3 @@ def user_blocks(entries: Ints, size: int) -> Iterator[slice]:
 def _lengths(offsets: NDArray[Any]) -> Ints:
     bounds = offsets.astype(np.int64)
     return bounds[1:] - bounds[:-1]
-
-
-@dataclass(frozen=True)
-class HistoryBatch:
-    """Histories of some users of a task: those that are not empty, and where they belong."""
-
-    batch: PackedBatch
-    """Only rows with items, as one service: ``batch.n_rows == len(rows)``."""
-    rows: Ints
-    """Row of each in the full service-major grid: ``service * n_users + user``; the features of all
-    other rows of the grid are zero."""
-    n_users: int
-    n_services: int
-
-
-def make_history_batch(
-    corpus: Corpus, task: Task, users: Any, items_per_user: int, services: Sequence[str]
-) -> HistoryBatch:
-    """The most recent logs before the first target, every distinct item once.
-
-    Args:
-        users: rows of the task's users. [users]
-        items_per_user: cap per service. [items]
-        services: whose histories, in the order of the grid's rows.
-    """
-    users = np.asarray(users)
-    ragged = [latest(*task.history(s), users, items_per_user) for s in services]
-    lengths = np.concatenate([n for n, _ in ragged])
-    rows = np.flatnonzero(lengths)
-    items = np.concatenate([i for _, i in ragged])
-    batch = pack_items(corpus, [(lengths[rows], items)], distinct=True)
-    return HistoryBatch(batch, rows, len(users), len(services))

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from scaling.config import Evaluation, TransferSettings
 from scaling.data.corpus import Corpus, CorpusError, folders
+from scaling.data.tasks import Task
+from scaling.transfer.problem import TransferError
 
 
 def evaluations(root: Path, corpus: Corpus, settings: TransferSettings) -> list[Evaluation]:
@@ -33,6 +35,48 @@ def evaluations(root: Path, corpus: Corpus, settings: TransferSettings) -> list[
                 )
             )
     return found
+
+
+def fit_tasks(corpus: Corpus, history: str) -> list[str]:
+    """Tasks of a corpus that its own encoders can be evaluated on with that history, sorted.
+
+    Raises:
+        TransferError: there are none; the message says why of each.
+    """
+    tasks = [Task.open(corpus, name) for name in sorted(corpus.manifest["tasks"])]
+    unfit = {t.name: why for t in tasks if (why := unfit_for(corpus, t, history, foreign=False))}
+    if len(unfit) == len(tasks):
+        reasons = "\n".join(f"task {name!r}: {why}" for name, why in unfit.items())
+        raise TransferError(reasons or f"{corpus.path}: it has no tasks")
+    return [t.name for t in tasks if t.name not in unfit]
+
+
+def unfit_for(corpus: Corpus, task: Task, history: str, foreign: bool) -> str | None:
+    """Why an encoder is not evaluated on a task with these histories, if so.
+
+    Args:
+        foreign: the encoder was trained on another corpus.
+    """
+    if task.foreign and not foreign:
+        return (
+            "it is for encoders of other corpora (encoders = 'foreign'): this one's pretraining "
+            "may have its targets"
+        )
+    if task.form == "first" and history == "target":
+        return (
+            f"before a first log of {task.service!r} (form = 'first') there is no history of it; "
+            "valid: all"
+        )
+    others = sorted(set(corpus.card.services) - {task.service})
+    if history == "all" and task.cut == "order" and others:
+        return (
+            f"history = 'all' would need to know which logs of {', '.join(others)} came before the "
+            "targets, but the task is cut by stored order (cut = 'order'), which says so within "
+            f"{task.service!r} alone; valid: target"
+        )
+    if history == "all" and others and task.services == (task.service,):
+        return f"it stores histories of {task.service!r} alone (history = 'service'); valid: target"
+    return None
 
 
 def _prepared(root: Path, name: str) -> Corpus:

@@ -1,88 +1,107 @@
 """Features of users and items from a frozen encoder (Shin et al. 2023, Section 3, "Transfer").
 
-A user's features are z, the user embeddings before the projection head, of the task's service or
-of all its history services side by side; an item's are h, from the same encoder. Dropout is off and
-nothing is trained here, so a user's features do not depend on who else is in a batch.
+A user's features are z, the user embeddings before the projection head, of one service or of
+several side by side; an item's are h, from the same encoder. Dropout is off and nothing is trained
+here, so a user's features do not depend on who else is in a batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scaling import ClueError
-from scaling.data.batches import pack_items
-from scaling.data.corpus import Corpus
-from scaling.data.tasks import Task, make_history_batch, user_blocks
+from scaling.config import MAX_TOKENS
+from scaling.data.batches import ItemTexts, latest, pack_items
+from scaling.data.corpus import blocks
+from scaling.data.tasks import user_blocks
 from scaling.models.clue import ContrastiveEncoder
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
+Logs = tuple[NDArray[Any], NDArray[Any]]
+"""Offsets and items: user ``u`` has ``items[offsets[u]:offsets[u + 1]]``, oldest first. Offsets may
+begin anywhere, so those of users a .. b - 1 are a slice, ``offsets[a:b + 1]``, of all."""
 
-CHUNK_ITEMS = 8192
-"""Behaviours, or items, encoded at once: bounds memory, not the result."""
-
-
-class TransferError(ClueError):
-    """An encoder cannot be evaluated on a task; the message names both and why."""
+CHUNK_ITEMS = 1 << 16
+"""Behaviours, or items, of a batch: it encodes each distinct item once. Bounds memory (their
+embeddings are held), not the result."""
+CHUNK_TOKENS = 1 << 14
+"""Most elements (tokens of items, items of users) whose activations are held at once."""
 
 
 @torch.no_grad()
-def user_features(
-    model: ContrastiveEncoder,
-    corpus: Corpus,
-    task: Task,
-    services: Sequence[str],
-    items_per_user: int,
-) -> tuple[Floats, NDArray[np.bool_]]:
-    """Embeddings of every user of a task, in the task's order.
+def embed_users(
+    model: ContrastiveEncoder, texts: ItemTexts, histories: Mapping[str, Logs], items_per_user: int
+) -> Iterator[tuple[Ints, Ints, Floats]]:
+    """Embeddings z of every log that is not empty, some users at a time.
 
     Args:
         model: in evaluation mode.
-        services: history services, in the order their embeddings shall have.
+        texts: corpus whose item numbers the logs have, as the encoder sees it
+            (``foreign.as_seen_by``).
+        histories: logs of all users by service.
         items_per_user: cap S on the most recent items, per service, as in pretraining. [items]
 
-    Returns:
-        z of the services side by side, zeros where a user has no history in one
-        [users, services * d], and where there is one [users, services].
+    Yields:
+        ``(users, columns, z)``: users' rows, and the places of the logs' services in
+        ``histories``. [logs], [logs], [logs, d]
     """
-    width = model.config.d_model
-    features = np.zeros((task.n_users, len(services), width), np.float32)
-    present = np.zeros((task.n_users, len(services)), np.bool_)
-    for users in _chunks(task, services, items_per_user):
-        histories = make_history_batch(corpus, task, users, items_per_user, services)
-        column, row = np.divmod(histories.rows, len(users))
-        embedded: Tensor = model(histories.batch)
-        present[users[row], column] = True
-        features[users[row], column] = embedded.float().cpu().numpy()
-    return features.reshape(task.n_users, -1), present
+    offsets = [o for o, _ in histories.values()]
+    lengths = sum(np.minimum(np.diff(o.astype(np.int64)), items_per_user) for o in offsets)
+    users = np.flatnonzero(lengths)
+    for part in user_blocks(np.asarray(lengths)[users], CHUNK_ITEMS):
+        chunk = users[part]
+        ragged = [latest(*logs, chunk, items_per_user) for logs in histories.values()]
+        counts = np.concatenate([n for n, _ in ragged])
+        rows = np.flatnonzero(counts)
+        items = np.concatenate([i for _, i in ragged])
+        batch = pack_items(texts, [(counts[rows], items)], distinct=True)
+        embedded: Tensor = model(batch, CHUNK_TOKENS)
+        columns, places = np.divmod(rows, len(chunk))
+        yield chunk[places], columns, embedded.float().cpu().numpy()
+
+
+def user_features(
+    model: ContrastiveEncoder, texts: ItemTexts, histories: Mapping[str, Logs], items_per_user: int
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Embeddings of users, their services side by side in the order of ``histories``.
+
+    Args as in ``embed_users``.
+
+    Returns:
+        z, zeros where a user has no history in a service [users, services * d], and where there is
+        one [users, services].
+    """
+    n_users = len(next(iter(histories.values()))[0]) - 1
+    features = np.zeros((n_users, len(histories), model.config.d_model), np.float32)
+    present = np.zeros((n_users, len(histories)), np.bool_)
+    for users, columns, embedded in embed_users(model, texts, histories, items_per_user):
+        present[users, columns] = True
+        features[users, columns] = embedded
+    return features.reshape(n_users, -1), present
 
 
 @torch.no_grad()
-def item_features(model: ContrastiveEncoder, corpus: Corpus, items: Ints) -> Floats:
-    """Embeddings h of items, in the given order. [items, d]
+def embed_items(model: ContrastiveEncoder, texts: ItemTexts, items: Ints) -> Iterator[Floats]:
+    """Embeddings h of items, in the given order, some at a time. [items, d]
 
     Args:
         model: in evaluation mode.
+        texts: as in ``embed_users``.
         items: rows of the corpus's items. [items]
     """
-    features = np.zeros((len(items), model.config.d_model), np.float32)
-    for start in range(0, len(items), CHUNK_ITEMS):
-        chunk = items[start : start + CHUNK_ITEMS]
-        batch = pack_items(corpus, [(np.ones_like(chunk), chunk)], distinct=False)
-        embedded = model.encode_items(batch.tokens, batch.token_offsets)
-        features[start : start + len(chunk)] = embedded.float().cpu().numpy()
-    return features
+    for part in blocks(len(items), max(1, CHUNK_TOKENS // MAX_TOKENS)):
+        batch = pack_items(texts, [(np.ones_like(items[part]), items[part])], distinct=False)
+        yield model.encode_items(batch.tokens, batch.token_offsets).float().cpu().numpy()
 
 
-def _chunks(task: Task, services: Sequence[str], items_per_user: int) -> Iterator[Ints]:
-    """Users with any history, in runs of at most ``CHUNK_ITEMS`` behaviours (or one user)."""
-    lengths = np.zeros(task.n_users, np.int64)
-    for service in services:
-        offsets = task.history(service)[0].astype(np.int64)
-        lengths += np.minimum(np.diff(offsets), items_per_user)
-    users = np.flatnonzero(lengths)
-    for part in user_blocks(lengths[users], CHUNK_ITEMS):
-        yield users[part]
+def item_features(model: ContrastiveEncoder, texts: ItemTexts, items: Ints) -> Floats:
+    """Embeddings h of items, in the given order. [items, d]
+
+    Args as in ``embed_items``.
+    """
+    parts = list(embed_items(model, texts, items))
+    return np.concatenate(parts) if parts else np.zeros((0, model.config.d_model), np.float32)

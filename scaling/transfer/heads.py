@@ -1,223 +1,166 @@
-"""U-MLP: the downstream head on frozen features (Shin et al. 2023, Section 4).
+"""Heads on frozen features: what is trained of an encoder downstream (docs/decisions/0006).
 
-Two towers, one for user features and one for item features, each input-512-256-128-64-output with
-ReLU; the logit of a user and an item is the dot product of the towers' outputs, trained with binary
-cross-entropy on targets and uniform random negatives. The paper gives no more; ours: output 64, one
-fresh negative per target and epoch, Adam, early stopping on the validation users' loss.
+U-MLP (Shin et al. 2023, Section 4.1): two towers, input-512-256-128-64-output with ReLU, one on the
+user's features and one on the item's; the paper leaves the output open, 64 is ours. The linear
+probe is LMRec's (Shin et al. 2022): one matrix a tower.
 
-The losses here are measured on fixed pairs, so they are comparable over encoders: each target with
-each of its stored negatives, one negative weighing as much as one target. Chance is ln 2.
+Heads of all folds and seeds are trained side by side (``towers``). Inputs are standardised: user
+features over a fold's training examples, item features over the catalogue, which is known without
+any behaviour.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+
+from scaling.config import Head
+from scaling.transfer.problem import Split
+from scaling.transfer.towers import Towers, TowerSettings, device
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
+HEAD = TowerSettings()
+"""The same for every encoder; it is never tuned per run."""
 HIDDEN = (512, 256, 128, 64)
 OUTPUT = 64
+FIXED_WIDTH = 64
+"""Principal components that ``u-mlp-64`` sees of any features."""
 
 
 @dataclass(frozen=True)
-class HeadSettings:
-    """How a head is trained; the same for every encoder of a study."""
-
-    lr: float = 1e-3
-    """Learning rate of Adam."""
-    batch_size: int = 512
-    """Targets per step; a user's targets stay together, so that its tower runs once. [targets]"""
-    max_epochs: int = 30
-    patience: int = 3
-    """Epochs without a lower validation loss before training stops; the best epoch is kept."""
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Users with their targets and stored negatives, as rows of an item table."""
+class Features:
+    """Frozen features of a problem's examples and of its catalogue."""
 
     users: Floats
-    """User features, zero where a service is missing. [users, user_dim]"""
-    rows: Ints
-    """Per target its candidates: the target, then its negatives. [users, targets, 1 + negatives]"""
+    """[examples, user_dim]"""
+    items: Floats
+    """[items, item_dim]"""
+    beside: Floats | None = None
+    """More user features, of each replica its own: another system's vectors, say.
+    [replicas, examples, more]"""
 
-    def take(self, users: Ints) -> Self:
-        """The examples of some users."""
-        return type(self)(self.users[users], self.rows[users])
 
+class Standardised(nn.Module):
+    """Features of rows, standardised for each replica and, if asked, reduced to a fixed width."""
 
-class UMLP(nn.Module):
-    """The two towers, on standardised inputs."""
+    mean: Tensor
+    matrix: Tensor
 
-    def __init__(self, user_dim: int, item_dim: int) -> None:
+    def __init__(self, table: Floats, fitted_on: Sequence[Ints | slice], width: int | None) -> None:
         super().__init__()
-        self.user = _tower(user_dim)
-        self.item = _tower(item_dim)
+        self.table = torch.from_numpy(table).to(device())
+        fits = [_fit(table[rows], width) for rows in fitted_on]
+        self.register_buffer("mean", torch.stack([f[0] for f in fits])[:, None])
+        self.register_buffer("matrix", torch.stack([f[1] for f in fits]))
+        self.reduces = width is not None
+        self.width = width or table.shape[1]
 
-    def forward(self, users: Tensor, items: Tensor, rows: Tensor) -> Tensor:
-        """Logits of each user with the items in its rows.
-
-        Args:
-            users: [users, user_dim]
-            items: features of the distinct items. [items, item_dim]
-            rows: indices into ``items``. [users, targets, candidates]
-
-        Returns:
-            Logits. [users, targets, candidates]
-        """
-        queries, keys = self.user(users), self.item(items)
-        logits: Tensor = torch.einsum("ud,utcd->utc", queries, keys[rows])
-        return logits
+    def forward(self, rows: Tensor) -> Tensor:
+        """[replicas, n] -> [replicas, n, width]"""
+        x = self.table[rows] - self.mean
+        return x @ self.matrix if self.reduces else x * self.matrix[:, None]
 
 
-def _tower(width: int) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for out in HIDDEN:
-        layers += [nn.Linear(width, out), nn.ReLU()]
-        width = out
-    return nn.Sequential(*layers, nn.Linear(width, OUTPUT))
+def _fit(x: Floats, width: int | None) -> tuple[Tensor, Tensor]:
+    """Mean, and scales of the columns or the matrix that standardises and reduces them.
 
-
-@dataclass(frozen=True)
-class Standardiser:
-    """Shift and scale fitted on training rows; columns constant there are only shifted."""
-
-    mean: Floats
-    scale: Floats
-
-    @classmethod
-    def fit(cls, x: Floats) -> Self:
-        """Statistics of ``x`` [rows, columns]."""
-        mean, std = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
-        constant = std <= 1e-6 * std.max(initial=0)  # rounding, which scaling would blow up
-        return cls(mean.astype(np.float32), np.where(constant, 1, std).astype(np.float32))
-
-    def __call__(self, x: Floats) -> Tensor:
-        """``x`` shifted and scaled."""
-        return torch.from_numpy((x - self.mean) / self.scale)
-
-
-def pair_loss(logits: Tensor) -> Tensor:
-    """Binary cross-entropy of every target over its pairs with each of its negatives, in nats.
-
-    The mean over pairs of (-log sigmoid(target) - log sigmoid(-negative)) / 2; chance is ln 2.
-
-    Args:
-        logits: the target's in ``logits[..., 0]``. [..., 1 + negatives]
-
-    Returns:
-        [...]
+    Columns that are constant are only shifted. Components keep their relative sizes, are scaled
+    together to a mean square of one, and are filled up with zeros where there are fewer.
     """
-    return (softplus(-logits[..., 0]) + softplus(logits[..., 1:]).mean(-1)) / 2
+    mean, std = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
+    constant = std <= 1e-6 * std.max(initial=0)  # rounding, which scaling would blow up
+    scale = 1 / np.where(constant, 1, std)
+    if width is None:
+        return torch.from_numpy(mean).float(), torch.from_numpy(scale).float()
+    covariance = np.cov(((x - mean) * scale).T.astype(np.float64).reshape(len(mean), -1))
+    values, components = np.linalg.eigh(np.atleast_2d(covariance))
+    values, components = values[::-1][:width], components[:, ::-1][:, :width]
+    # The sign of a component is arbitrary: the largest entry is made positive.
+    largest = np.abs(components).argmax(axis=0)
+    components = components * np.sign(components[largest, np.arange(components.shape[1])])
+    matrix = np.zeros((len(mean), width))
+    spread = np.sqrt(max(values.clip(0).mean(), np.finfo(np.float32).tiny))
+    matrix[:, : components.shape[1]] = scale[:, None] * components / spread
+    return torch.from_numpy(mean).float(), torch.from_numpy(matrix).float()
 
 
-def softmax_loss(logits: Tensor) -> Tensor:
-    """Cross-entropy of every target among its candidates, in nats; chance is their log count.
-
-    Args:
-        logits: the target's in ``logits[..., 0]``. [..., 1 + negatives]
-
-    Returns:
-        [...]
-    """
-    return logits.logsumexp(-1) - logits[..., 0]
+def _standardise(x: Floats, rows: Ints) -> Tensor:
+    mean, scale = _fit(x[rows], None)
+    return (torch.from_numpy(x) - mean) * scale
 
 
-@dataclass(frozen=True)
-class Head:
-    """A trained head with the statistics that standardise its inputs."""
+class Layers(nn.Module):
+    """A tower of linear layers with ReLU between, in replicas that begin as ``nn.Linear`` does."""
 
-    model: UMLP
-    user_input: Standardiser
-    item_input: Standardiser
-    validation_loss: float
-    """``pair_loss`` of the validation users at the epoch kept. [nats]"""
-    epochs: int
-    """Epochs trained up to the one kept."""
+    def __init__(self, widths: Sequence[int], bias: bool, draws: Sequence[torch.Generator]) -> None:
+        super().__init__()
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for inner, outer in pairwise(widths):
+            bound = inner**-0.5
+            shape = (inner, outer)
+            self.weights.append(_uniform(shape, bound, draws))
+            if bias:
+                self.biases.append(_uniform((1, outer), bound, draws))
 
-    @torch.no_grad()
-    def logits(self, examples: Examples, items: Floats, chunk: int = 4096) -> Tensor:
-        """Logits of every candidate, in fp32. [users, targets, 1 + negatives]
-
-        Args:
-            items: the item table that ``examples.rows`` points into. [items, item_dim]
-            chunk: users scored at once, which bounds memory.
-        """
-        parts = []
-        for start in range(0, len(examples.users), chunk):
-            part = examples.take(np.arange(start, min(start + chunk, len(examples.users))))
-            used, rows = np.unique(part.rows, return_inverse=True)
-            parts.append(
-                self.model(
-                    self.user_input(part.users),
-                    self.item_input(items[used]),
-                    torch.from_numpy(rows.reshape(part.rows.shape)),
-                )
-            )
-        return torch.cat(parts)
-
-    def loss(self, examples: Examples, items: Floats) -> float:
-        """Mean ``pair_loss`` over all targets. [nats]"""
-        return float(pair_loss(self.logits(examples, items)).mean())
+    def forward(self, x: Tensor) -> Tensor:
+        """[replicas, n, first width] -> [replicas, n, last width]"""
+        for i, weight in enumerate(self.weights):
+            x = torch.baddbmm(self.biases[i], x, weight) if len(self.biases) else x @ weight
+            if i < len(self.weights) - 1:
+                x = x.relu_()
+        return x
 
 
-def fit(
-    items: Floats,
-    train: Examples,
-    validation: Examples,
-    *,
-    seed: int,
-    settings: HeadSettings,
-) -> Head:
-    """Train a head; the same arguments on the same machine give the same head, bit for bit.
+def _uniform(
+    shape: tuple[int, ...], bound: float, draws: Sequence[torch.Generator]
+) -> nn.Parameter:
+    return nn.Parameter(
+        torch.stack([torch.rand(shape, generator=g) * 2 * bound - bound for g in draws])
+    )
 
-    It sees nothing but its arguments: test users are not among them. User features are standardised
-    over the training users, item features over the catalogue, which is known without any behaviour.
-    The training negative of a target is one of its own stored negatives, drawn anew each epoch:
-    they are uniform over the items that user never touched, as the test negatives are.
 
-    Args:
-        items: features of the task's catalogue. [items, item_dim]
-        train: users trained on.
-        validation: users whose loss stops the training.
-        seed: of initialisation, order and negatives.
-    """
-    user_input, item_input = Standardiser.fit(train.users), Standardiser.fit(items)
-    users, table = user_input(train.users), item_input(items)
-    rng = np.random.default_rng(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = UMLP(users.shape[1], table.shape[1])
-    optimiser = torch.optim.Adam(model.parameters(), lr=settings.lr)
-    n_users, n_targets, n_candidates = train.rows.shape
-    per_step = max(1, settings.batch_size // n_targets)
-    best = Head(model, user_input, item_input, float("inf"), 0)
-    kept = {k: v.clone() for k, v in model.state_dict().items()}
-    for epoch in range(1, settings.max_epochs + 1):
-        order = rng.permutation(n_users)
-        for start in range(0, n_users, per_step):
-            batch = order[start : start + per_step]
-            drawn = rng.integers(1, n_candidates, (len(batch), n_targets, 1))
-            candidates = train.rows[batch]
-            pairs = np.concatenate(
-                [candidates[..., :1], np.take_along_axis(candidates, drawn, 2)], axis=2
-            )
-            used, rows = np.unique(pairs, return_inverse=True)
-            logits = model(users[batch], table[used], torch.from_numpy(rows.reshape(pairs.shape)))
-            optimiser.zero_grad()
-            torch.autograd.backward(pair_loss(logits).mean())
-            optimiser.step()
-        loss = best.loss(validation, items)
-        if loss < best.validation_loss:
-            best = Head(model, user_input, item_input, loss, epoch)
-            kept = {k: v.clone() for k, v in model.state_dict().items()}
-        elif epoch - best.epochs >= settings.patience:
-            break
-    model.load_state_dict(kept)
-    return best
+class HeadTowers(Towers):
+    """A head on frozen features."""
+
+    beside: Tensor
+
+    def __init__(
+        self, head: Head, features: Features, splits: Sequence[Split], seeds: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.replicas = len(splits)
+        width = FIXED_WIDTH if head == "u-mlp-64" else None
+        self.user_input = Standardised(features.users, [s.train for s in splits], width)
+        self.item_input = Standardised(features.items, [slice(None)] * len(splits), width)
+        user_dim, item_dim = self.user_input.width, self.item_input.width
+        if features.beside is not None:
+            user_dim += features.beside.shape[2]
+            parts = zip(features.beside, splits, strict=True)
+            beside = torch.stack([_standardise(x, s.train) for x, s in parts])
+            self.register_buffer("beside", beside)
+        self.has_beside = features.beside is not None
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        if head == "linear":
+            self.user_layers = Layers([user_dim, item_dim], False, draws)
+            self.item_layers = Layers([item_dim, item_dim], False, draws)
+        else:
+            self.user_layers = Layers([user_dim, *HIDDEN, OUTPUT], True, draws)
+            self.item_layers = Layers([item_dim, *HIDDEN, OUTPUT], True, draws)
+
+    def user(self, examples: Tensor) -> Tensor:
+        x = self.user_input(examples)
+        if self.has_beside:
+            own = torch.arange(self.replicas, device=examples.device)[:, None]
+            x = torch.cat([x, self.beside[own, examples]], 2)
+        found: Tensor = self.user_layers(x)
+        return found
+
+    def item(self, rows: Tensor) -> Tensor:
+        x: Tensor = self.item_layers(self.item_input(rows))
+        return x

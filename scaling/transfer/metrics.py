@@ -13,6 +13,7 @@ ideal DCG is 1); MRR has no cut-off.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,24 @@ def rank(scores: NDArray[np.float32] | Floats | Ints) -> Ranks:
     return Ranks(np.asarray(first, np.int64), np.asarray(last, np.int64))
 
 
+def rank_all(scores: NDArray[np.float32] | Floats | Ints, targets: Ints) -> Ranks:
+    """Rank targets among all items but themselves; a user's other targets count as any other.
+
+    Args:
+        scores: of all items. [users, items]
+        targets: items. [users, targets]
+
+    Raises:
+        ValueError: as ``rank``.
+    """
+    own = np.take_along_axis(scores, targets, axis=1)
+    found = [rank(np.concatenate([own[:, t : t + 1], scores], axis=1)) for t in range(own.shape[1])]
+    # The target is among all items, too, where it ties with itself.
+    return Ranks(
+        np.stack([r.first for r in found], axis=1), np.stack([r.last - 1 for r in found], axis=1)
+    )
+
+
 def _hit_gain(ranks: Floats, k: int) -> Floats:
     return (ranks <= k).astype(np.float64)
 
@@ -81,6 +100,8 @@ GAINS: dict[str, Callable[[Floats], Floats]] = {
     "mrr": _mrr_gain,
 }
 """What a positive at a rank (from 1) is worth, by metric."""
+METRICS = tuple(GAINS)
+"""Those of every table."""
 
 
 def per_target(name: str, ranks: Ranks) -> Floats:
@@ -108,6 +129,34 @@ def summarise(ranks: Ranks) -> dict[str, float]:
         float((per_target(name, best) - per_target(name, worst)).mean()) for name in GAINS
     )
     return row
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its interval by bootstrap over users."""
+
+    mean: float
+    low: float
+    high: float
+    se: float
+    """Standard deviation of the resampled means."""
+
+
+def bootstrap(
+    values: NDArray[np.floating[Any]], n_boot: int = 1000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Mean over all values, with users resampled: a user's targets go together.
+
+    Args:
+        values: [users] or [users, targets]
+        level: of the interval, between percentiles of the resampled means.
+    """
+    of_user = np.asarray(values, np.float64).reshape(len(values), -1).mean(axis=1)
+    draws = np.random.default_rng(seed)
+    n = len(of_user)
+    means = np.array([of_user[draws.integers(0, n, n)].mean() for _ in range(n_boot)])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(of_user.mean()), float(low), float(high), float(means.std(ddof=1)))
 
 
 def lint_metrics(

@@ -81,12 +81,11 @@ def simulate(planned: list[PlannedRun]) -> Callable[[Path], Path]:
             for task, shift in (("books", 0.0), ("food", 0.15)):
                 rows = [
                     {
-                        **{"run_key": run.run_key, "task": task, "system": system, "fold": fold},
+                        **{"task": task, "system": system, "segment": "all"},
                         **{"hr_1": 0.1, "hr_10": 0.4, "ndcg_10": 0.2, "mrr": 0.2},
-                        **{"loss": value, "loss_softmax": 4.0, "tie_gap": 0.0},
-                        **{"n_users": 100, "n_targets": 300},
+                        **{"loss": value, "loss_low": value - 0.01, "loss_high": value + 0.01},
+                        **{"loss_softmax": 4.0, "tie_gap": 0.0, "n_users": 200, "n_targets": 600},
                     }
-                    for fold in range(2)
                     for system, value in (
                         ("clue/u-mlp", 0.3 + shift + 0.05 * loss + rng.normal(0, 0.002)),
                         ("popularity", 0.62 + shift),
@@ -95,9 +94,11 @@ def simulate(planned: list[PlannedRun]) -> Callable[[Path], Path]:
                 write_json(
                     run.path / "transfer" / f"{task}.json",
                     {
-                        **{"schema_version": 1, "run_key": run.run_key, "step": 200},
-                        **{"task": task, "task_digest": task, "history": "target"},
-                        **{"folds": 2, "seed": 0, "rows": rows},
+                        **{"run_key": run.run_key, "step": 200, "rows": rows},
+                        "evaluation": {
+                            **{"task": task, "task_digest": task, "history": "target"},
+                            **{"folds": 2, "seeds": 1},
+                        },
                     },
                 )
         collect(folder / "work", [p.row for p in planned], "toy", folder / "results" / "toy")

@@ -11,7 +11,7 @@ from scaling.data.negatives import draw_negatives
 from scaling.data.prepare import prepare
 from scaling.data.task_config import TaskConfig
 from scaling.data.task_forms import DAY, TaskLogs, choose, cut_of
-from scaling.data.tasks import Task, make_history_batch, user_blocks
+from scaling.data.tasks import Task, user_blocks
 
 
 def task_config(**keys):
@@ -197,29 +197,13 @@ def test_stored_order_against_times(tiny_corpus):
     assert lengths.min() >= 1
 
 
-def test_stored_task_and_history_batch(corpus):
+def test_stored_task(corpus):
     task = Task.open(corpus, "books")
     assert task.services == ("books", "garden")
     assert task.targets.shape == (task.n_users, 2)
     assert task.negatives.shape == (task.n_users, 2, 5)
     assert set(task.group.tolist()) <= set(range(10))
     assert not set(task.keys.tolist()) & set(corpus.keys.tolist())
-    users = np.arange(task.n_users)[::-1]
-    made = make_history_batch(corpus, task, users, 3, task.services)
-    assert (made.n_users, made.n_services) == (task.n_users, 2)
-    assert made.batch.n_rows == len(made.rows)
-    found = dict.fromkeys(range(2 * task.n_users), ())
-    for row, at in enumerate(made.rows.tolist()):
-        items = made.batch.items[made.batch.item_offsets[row] : made.batch.item_offsets[row + 1]]
-        ends = made.batch.token_offsets
-        found[at] = tuple(tuple(made.batch.tokens[ends[i] : ends[i + 1]].tolist()) for i in items)
-    for s, service in enumerate(task.services):
-        offsets, items = task.history(service)
-        for place, u in enumerate(users):
-            row = items[offsets[u] : offsets[u + 1]][-3:].astype(int)
-            ends = corpus.token_offsets
-            expected = tuple(tuple(corpus.tokens[ends[i] : ends[i + 1]].tolist()) for i in row)
-            assert found[s * task.n_users + place] == expected
     with pytest.raises(CorpusError, match="no task 'x'; valid: beauty, books"):
         Task.open(corpus, "x")
     with pytest.raises(CorpusError, match="no history of 'beauty'; valid: books, garden"):
