@@ -28,8 +28,9 @@ begin anywhere, so those of users a .. b - 1 are a slice, ``offsets[a:b + 1]``, 
 CHUNK_ITEMS = 1 << 16
 """Behaviours, or items, of a batch: it encodes each distinct item once. Bounds memory (their
 embeddings are held), not the result."""
-CHUNK_TOKENS = 1 << 14
-"""Most elements (tokens of items, items of users) whose activations are held at once."""
+CHUNK_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 17}
+"""Most elements (tokens of items, items of users) whose activations are held at once, by the kind
+of device: so few stay in a CPU's caches, and so many keep a GPU busy."""
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def embed_users(
         rows = np.flatnonzero(counts)
         items = np.concatenate([i for _, i in ragged])
         batch = pack_items(texts, [(counts[rows], items)], distinct=True)
-        embedded: Tensor = model(batch, CHUNK_TOKENS)
+        embedded: Tensor = model(batch, CHUNK_TOKENS[model.device.type])
         columns, places = np.divmod(rows, len(chunk))
         yield chunk[places], columns, embedded.float().cpu().numpy()
 
@@ -93,7 +94,8 @@ def embed_items(model: ContrastiveEncoder, texts: ItemTexts, items: Ints) -> Ite
         texts: as in ``embed_users``.
         items: rows of the corpus's items. [items]
     """
-    for part in blocks(len(items), max(1, CHUNK_TOKENS // MAX_TOKENS)):
+    size = CHUNK_TOKENS[model.device.type] // MAX_TOKENS
+    for part in blocks(len(items), size):
         batch = pack_items(texts, [(np.ones_like(items[part]), items[part])], distinct=False)
         yield model.encode_items(batch.tokens, batch.token_offsets).float().cpu().numpy()
 

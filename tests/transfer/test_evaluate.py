@@ -3,23 +3,20 @@
 import json
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-import scaling.transfer.features as features
 from scaling.config import ModelConfig, RunConfig, TrainSettings
 from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.prepare import prepare
 from scaling.data.tasks import Task
 from scaling.files import RecordError
 from scaling.models import build
-from scaling.packing import PackedBatch
 from scaling.rundir import RunDir
 from scaling.train.export import exported
 from scaling.train.loop import train
 from scaling.transfer.evaluate import evaluate
-from scaling.transfer.features import TransferError, item_features, user_features
+from scaling.transfer.problem import TransferError
 
 COLUMNS = {
     *("run_key", "task", "system", "fold", "hr_1", "hr_10", "ndcg_10", "mrr"),
@@ -54,73 +51,6 @@ def configure(corpus: Corpus, **changes: Any) -> RunConfig:
 def corpus(tiny_corpus: Any) -> Corpus:
     root = tiny_corpus(users=400, negatives=20)
     return Corpus.open(next((root / "corpora").glob("tiny-*")))
-
-
-def tokens_of(corpus: Corpus, item: int) -> np.ndarray:
-    bounds = corpus.token_offsets[item : item + 2].astype(int)
-    return np.array(corpus.tokens[bounds[0] : bounds[1]], np.int64)
-
-
-def forget(task: Task, service: str, users: np.ndarray) -> None:
-    """Leave these users without a history in one service."""
-    offsets, items = task.history(service)
-    lengths = np.diff(offsets.astype(np.int64))
-    kept = ~np.isin(np.repeat(np.arange(task.n_users), lengths), users)
-    lengths[users] = 0
-    task._history[service] = (np.concatenate([[0], np.cumsum(lengths)]), items[kept])
-
-
-@pytest.mark.parametrize("system", ["clue", "single"])
-def test_features_of_a_user_are_those_of_the_user_alone(
-    corpus: Corpus, system: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = build(
-        ModelConfig(system=system, layers=1, d_model=8, heads=2, dropout=0.5),
-        corpus.card.vocab_size,
-    ).eval()
-    task = Task.open(corpus, "beauty")
-    services = sorted(task.services)
-    forget(task, services[-1], np.arange(0, task.n_users, 3))
-    cap = 3
-    monkeypatch.setattr(features, "CHUNK_ITEMS", 20)  # several batches
-    found, present = user_features(model, corpus, task, services, cap)
-    assert found.shape == (task.n_users, len(services) * 8)
-    for user in range(0, task.n_users, 7):
-        for column, service in enumerate(services):
-            offsets, items = task.history(service)
-            log = items[int(offsets[user]) : int(offsets[user + 1])][-cap:]
-            z = found[user, 8 * column : 8 * column + 8]
-            assert present[user, column] == (len(log) > 0)
-            if not len(log):
-                assert not z.any()
-                continue
-            texts = [tokens_of(corpus, i) for i in log]
-            alone = PackedBatch(
-                tokens=np.concatenate(texts),
-                token_offsets=np.cumsum([0, *map(len, texts)]),
-                items=np.arange(len(log)),
-                item_offsets=np.array([0, len(log)]),
-                n_services=1,
-            )
-            with torch.no_grad():
-                np.testing.assert_allclose(z, model(alone)[0].numpy(), atol=1e-5)
-    assert present[::3, -1].sum() == 0 < present[1::3, -1].sum()
-
-
-def test_item_features_are_in_the_order_asked_for(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = build(ModelConfig(layers=1, d_model=8, heads=2), corpus.card.vocab_size).eval()
-    items = corpus.service_items("books")
-    whole = item_features(model, corpus, items)
-    monkeypatch.setattr(features, "CHUNK_ITEMS", 7)
-    backwards = item_features(model, corpus, items[::-1])
-    np.testing.assert_allclose(backwards[::-1], whole, atol=1e-5)
-    for row in (0, 5):
-        tokens = tokens_of(corpus, int(items[row]))
-        with torch.no_grad():
-            alone = model.encode_items(tokens, np.array([0, len(tokens)]))
-        np.testing.assert_allclose(whole[row], alone[0].numpy(), atol=1e-5)
 
 
 @pytest.mark.slow
