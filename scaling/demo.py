@@ -6,10 +6,8 @@ not made again: a corpus has a digest, a run a key, an evaluation the checkpoint
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +18,18 @@ from rich.table import Table
 from rich.text import Text
 
 from scaling import ClueError
-from scaling.config import TransferSettings
 from scaling.data.corpus import Corpus
 from scaling.data.prepare import prepare
-from scaling.data.tasks import Task
 from scaling.files import read_json, sha256, write_json
 from scaling.results import SCHEMAS, Tables, collect, load
 from scaling.rundir import RunDir
 from scaling.slurm.profile import ClusterProfile
 from scaling.slurm.sync import submit, sync
 from scaling.sweeps import Grid, PlannedRun, write_sweep
+from scaling.transfer.declared import declared
 
 SWEEP = Path("sweeps/demo.toml")
 PROFILE = Path("slurm/local.toml")
-FOLDS = 2
-"""Folds of the downstream evaluation; the verb ``transfer`` takes five."""
 STAMP_VERSION = 1
 
 Show = Callable[[int, int, str], None]
@@ -88,7 +83,6 @@ def run(
     out = root / "results" / grid.name
     cluster = ClusterProfile.read(profile)
     trained = _train(console, root, grid, corpus, planned, cluster)
-    _transfer(console, root, corpus, planned, cluster.max_parallel)
     with _stage(console, "collect") as show:
         collect(root, [p.row for p in planned], grid.name, out)
         tables = load(out)
@@ -107,9 +101,11 @@ def _train(
     planned: Sequence[PlannedRun],
     profile: ClusterProfile,
 ) -> int:
-    """Bring all runs to their end through the local executor; returns how many were not there."""
+    """Train and evaluate all runs through the local executor; returns how many were not there."""
     identity = write_sweep(root, grid, corpus.card, planned).name
     runs = [RunDir.create(root, p.config, corpus.card.name) for p in planned if p.config]
+    for one in runs:
+        one.want(declared(root, grid, corpus.card))
     missing = sum(r.result() is None for r in runs)
     with _stage(console, "train") as show:
 
@@ -128,40 +124,6 @@ def _train(
             f"its output: clue-scaling logs {key} --root {root}"
         )
     return missing
-
-
-def _transfer(
-    console: Console, root: Path, corpus: Corpus, planned: Sequence[PlannedRun], workers: int
-) -> None:
-    """Evaluate every run that did not diverge on the services that pretraining never saw, or on all
-    tasks where there is none such; ``workers`` runs at once."""
-    tasks = sorted(corpus.manifest["tasks"])
-    unseen = [t for t in tasks if Task.open(corpus, t).service not in corpus.card.services]
-    runs = [RunDir(root, p.row["run_key"]) for p in planned]
-    done = [r.run_key for r in runs if (r.result() or {}).get("status") == "done"]
-    with (
-        _stage(console, "transfer") as show,
-        # A fresh interpreter each: torch's threads do not survive a fork.
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
-    ):
-        jobs = [
-            pool.submit(_evaluate, str(root), k, str(corpus.path), unseen or tasks) for k in done
-        ]
-        for i, job in enumerate(as_completed(jobs)):
-            job.result()
-            show(i + 1, len(jobs), "runs")
-
-
-def _evaluate(root: str, run_key: str, corpus: str, tasks: list[str]) -> None:
-    import torch
-
-    from scaling.transfer.declared import evaluations
-    from scaling.transfer.evaluate import evaluate
-
-    torch.set_num_threads(1)
-    own = Corpus.open(Path(corpus))
-    settings = TransferSettings(tasks=tuple(tasks), folds=FOLDS)
-    evaluate(RunDir(Path(root), run_key), own, evaluations(Path(root), own, settings))
 
 
 def _analyse(
@@ -229,12 +191,13 @@ def _findings(summary: Summary) -> Iterator[tuple[str, str]]:
     for reason in fits["compute"]["conclusion"]["against"]:
         yield "  no conclusion", re.split(r" \[|, ", reason)[0]  # what is against it, in short
     yield from _joint(fits["joint"])
-    means = summary.tables.transfer.groupby(["task", "system", "run_key"])["hr_10"].mean()
+    table = summary.tables.transfer.query("segment == 'all'").set_index(["task", "system"])
     for task, found in fits["transfer"].items():
         if found["failed"]:
             yield f"transfer to {task}", "runs were evaluated differently"
             continue
-        encoder, popularity = means[task, found["system"]], means[task, "popularity"]
+        encoder = table["hr_10"].loc[[(task, found["system"])]]
+        popularity = table["hr_10"].loc[[(task, "popularity")]]
         yield (
             f"transfer to {task}",
             f"HR@10 {encoder.min():.3f} to {encoder.max():.3f}, popularity {popularity.max():.3f}",

@@ -11,7 +11,8 @@
         ckpt/step-000012000/               committed checkpoints
         export/step-000012000/             encoders for everything downstream
         result.json                        the run is over: done or diverged
-        features/, transfer/               what evaluations left
+        transfer/wanted/<key>.json         a downstream evaluation that a sweep declares
+                 <key>.json, .parquet      what it left
         mirrors/                           copies of the metrics in other programs' formats
 
 A *generation* is a start of the run that may write. It exists once its metrics file does, and a
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from scaling.config import RunConfig
+from scaling.config import Evaluation, RunConfig
 from scaling.files import RecordError, create_bytes, create_json, read_json, write_json
 
 RUN_KEY = re.compile(r"[a-z2-7]{16}")
@@ -137,6 +138,43 @@ class RunDir:
             self.path / "result.json",
             {"schema_version": 1, "run_key": self.run_key, "generation": generation, **record},
         )
+
+    # downstream evaluations
+
+    def want(self, evaluations: Iterable[Evaluation]) -> None:
+        """Declare downstream evaluations: the run is not over without them."""
+        for evaluation in evaluations:
+            path = self.path / "transfer" / "wanted" / f"{evaluation.key}.json"
+            create_json(path, evaluation.model_dump(mode="json"))
+
+    def wanted(self) -> list[Evaluation]:
+        """The evaluations declared, by name.
+
+        Raises:
+            ConfigError, RecordError: a record is torn, or none.
+        """
+        paths = sorted((self.path / "transfer" / "wanted").glob("*.json"))
+        return [Evaluation.parse(read_json(path), str(path)) for path in paths]
+
+    def evaluations(self, more: Iterable[str] = ()) -> tuple[int, list[str]]:
+        """How many evaluations are declared, and which of them are missing, by listing alone.
+
+        Args:
+            more: keys of some that are about to be declared.
+        """
+        folder = self.path / "transfer"
+        wanted = {p.name for p in (folder / "wanted").glob("*.json")} | {f"{k}.json" for k in more}
+        if not wanted:
+            return 0, []
+        left = wanted - {p.name for p in folder.glob("*.json")}
+        return len(wanted), sorted(name.removesuffix(".json") for name in left)
+
+    def over(self) -> bool:
+        """Whether nothing is left to do: it has diverged, or is trained and evaluated."""
+        result = self.result()
+        if result is None:
+            return False
+        return result.get("status") != "done" or not self.evaluations()[1]
 
     # attempts
 

@@ -40,6 +40,7 @@ from scaling.config import (
     OptimConfig,
     PoolConfig,
     RunConfig,
+    TransferSettings,
     read_toml,
     short_digest,
 )
@@ -157,6 +158,8 @@ class Grid(Frozen):
     """Settings to cross: a list of values each."""
     zip: Zip = Zip()
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    transfer: TransferSettings | None = None
+    """Downstream evaluations of every run; no part of what a run is."""
     sizes: dict[str, ModelConfig] = Field(default_factory=dict)
     """Named sizes at the paper's vocabulary; ``read`` adds those of ``models.toml``."""
     _file: str = PrivateAttr("")

@@ -93,6 +93,7 @@ def submit(
     from scaling.slurm.budget import read_budget, set_budget, unset_budget
     from scaling.slurm.profile import ClusterProfile
     from scaling.sweeps import sweep_id, write_sweep
+    from scaling.transfer.declared import declared
 
     if budget and no_budget:
         raise ClueError("--budget and --no-budget contradict each other")
@@ -101,10 +102,12 @@ def submit(
     identity = sweep_id(grid.name, planned)
     configs = [p.config for p in planned if p.config]
     driver.check_runs(root, configs, profile)
+    wanted = declared(root, grid, card)
     holding = None if no_budget else budget or read_budget(root, identity)
     seen = driver.preview(
         root, configs, profile, sweep=identity, plan=[p.row for p in planned],
         budget=holding, retry_failed=retry_failed, new_code=new_code,
+        wanted=[evaluation.key for evaluation in wanted],
     )  # fmt: skip
     costs = list(seen.costs.values())
     for sentence in other_versions(root, identity, planned):
@@ -117,6 +120,9 @@ def submit(
         rows = [row for row in seen.rows if row["action"]]
         print_table(rows, ["run_key", "state", "attempts", "step", "steps"])
         typer.echo(f"would submit {len(rows)} of {len(planned)} runs")
+        if wanted:
+            keys = ", ".join(evaluation.key for evaluation in wanted)
+            typer.echo(f"each is then evaluated: {keys}")
     if costs:
         days = sum(p.row["pf_days_exact"] for p in planned if p.row["run_key"] in seen.costs)
         price = bill(costs, days, profile, profile.max_parallel)
@@ -130,6 +136,8 @@ def submit(
         _confirm(f"submit {len(costs)} runs?")
     write_sweep(root, grid, card, planned)
     runs = [RunDir.create(root, config, card.name) for config in configs]
+    for run in runs:
+        run.want(wanted)
     if budget is not None:
         set_budget(root, identity, budget, runs)
     elif no_budget:

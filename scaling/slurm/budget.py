@@ -118,7 +118,7 @@ def committed_hours(runs: Sequence[RunDir], facts: Mapping[str, Facts]) -> float
     total = 0.0
     for run in runs:
         known = facts[run.run_key]
-        if known.result is not None:
+        if known.result is not None and known.over:
             total += gpu_hours_of(dict(known.result))
             continue
         if known.damage:

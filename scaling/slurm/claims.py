@@ -76,7 +76,7 @@ def refusal(
 
     Args:
         attempts: all attempts of the run, oldest first.
-        over: the run has a result.
+        over: the run has a result, and all evaluations that are wanted of it.
         number: the attempt that the job is of.
         job: ``executor`` and ``job_id`` of the job; ``boot`` and ``started`` of a local one.
     """
@@ -109,4 +109,4 @@ def predecessors(attempts: Sequence[Attempt], number: int) -> list[Attempt]:
 
 
 def _must_not_run(run: RunDir, number: int, job: dict[str, Any]) -> str | None:
-    return refusal(run.attempts(), run.result() is not None, number, job)
+    return refusal(run.attempts(), run.over(), number, job)

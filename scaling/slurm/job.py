@@ -35,6 +35,7 @@ from scaling.slurm.state import is_cancelled
 
 TRAIN = "scaling.train.loop:train"
 """What a job runs, by name: nothing here imports torch."""
+EVALUATE = "scaling.transfer.evaluate:evaluate"
 CORPUS = "scaling.data.corpus:Corpus"
 EXIT_SUPERSEDED = 93
 """Exit status of a job that must not run: another attempt owns the run, or it is over."""
@@ -134,6 +135,8 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
     try:
         _check(run, attempt, job, rank)
         result = _train(run, attempt, job, stop)
+        if rank == 0 and result is not None and result["status"] == "done":
+            _evaluate(run, stop)
     except Superseded as e:
         print(f"superseded: {e}", file=sys.stderr)
         _leave(EXIT_SUPERSEDED, local, environment.num_tasks)
@@ -147,7 +150,7 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
             _record_end(run, number, job, cause, f"rank {rank}: {type(e).__name__}: {e}"[:500])
         _leave(1, local, environment.num_tasks)
     if rank == 0:
-        if result is not None:
+        if result is not None and run.over():
             _record_end(run, number, job, str(result["status"]), "")
         else:
             _stopped(run, attempt, job, stop)
@@ -270,6 +273,25 @@ def _train(
         should_stop=stop,
     )
     return result
+
+
+def _evaluate(run: RunDir, stop: StopFlag) -> None:
+    """Evaluate a trained run downstream as its sweeps want it; other ranks have left by then.
+
+    What is evaluated stays when the job is stopped, and a later one does the rest.
+    """
+    if not run.evaluations()[1]:
+        return
+    corpus = _named(CORPUS).find(run.root, run.spec().data.corpus_digest)
+    told = ""
+
+    def tell(share: float, what: str) -> None:
+        nonlocal told
+        if what != told:
+            print(f"evaluating {what}, {share:.0%} done", flush=True)
+            told = what
+
+    _named(EVALUATE)(run, corpus, run.wanted(), progress=tell, should_stop=stop)
 
 
 class _Progress:

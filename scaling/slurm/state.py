@@ -178,8 +178,17 @@ class Facts:
     """Number of the newest attempt of a run that is over, whose attempts are not read."""
     result: Mapping[str, Any] | None = None
     """Content of ``result.json``."""
+    wanted: int = 0
+    """Downstream evaluations declared."""
+    missing: int = 0
+    """Those of them that a trained run still lacks."""
     explained: tuple[str, str] | None = None
     """Cause and evidence that the log of the newest attempt's job has."""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.status is not None and not self.missing
 
 
 @dataclass(frozen=True)
@@ -220,7 +229,7 @@ class Verdict:
 
 
 def fruitless(facts: Facts) -> int:
-    """Newest attempts in a row after whose start no step was committed.
+    """Newest attempts in a row after whose start no step was committed and nothing evaluated.
 
     Those that never reached the queue do not count, nor those of which nobody ever saw a job.
     """
@@ -231,6 +240,8 @@ def fruitless(facts: Facts) -> int:
         if cause in NEVER_ACCEPTED or (cause == "lost" and not seen):
             continue
         if int(attempt.intent["step"]) < facts.committed:
+            break
+        if int(attempt.intent.get("missing", facts.missing)) > facts.missing:
             break
         count += 1
     return count
@@ -291,7 +302,7 @@ def derive(facts: Facts, snapshot: Snapshot, now: float, rules: Rules = DEFAULT_
     if facts.damage:
         return Verdict(State.FAILED, number, cause="damaged", evidence=facts.damage)
     if not facts.attempts:
-        if facts.status:
+        if facts.status and facts.over:
             return Verdict(State(facts.status.upper()), facts.newest)
         return Verdict(State.PLANNED, start=True)
     newest = facts.attempts[-1]
@@ -302,7 +313,7 @@ def derive(facts: Facts, snapshot: Snapshot, now: float, rules: Rules = DEFAULT_
         "job_state": job.word if job is not None else None,
         "node": job.node if job is not None else "",
     }
-    if facts.status:
+    if facts.status and facts.over:
         return Verdict(State(facts.status.upper()), **known)
     if is_cancelled(facts.attempts):
         by = next((a.cancel.get("by", "") for a in reversed(facts.attempts) if a.cancel), "")

@@ -41,20 +41,26 @@ def status(runs: Sequence[RunDir], rules: Rules = DEFAULT_RULES) -> list[Row]:
     return [status_row(run, facts, verdict) for run, facts, verdict in derived]
 
 
-def survey(runs: Iterable[RunDir], rules: Rules) -> tuple[Snapshot, Survey]:
+def survey(
+    runs: Iterable[RunDir], rules: Rules, wanted: Sequence[str] = ()
+) -> tuple[Snapshot, Survey]:
     """One look at records and scheduler. The scheduler is asked between two readings of the
-    records of open runs, so that a job it shows as ended has left there whatever it will leave."""
-    before = [(run, read_facts(run)) for run in runs]
+    records of open runs, so that a job it shows as ended has left there whatever it will leave.
+
+    Args:
+        wanted: keys of evaluations that are about to be declared of all of them.
+    """
+    before = [(run, read_facts(run, wanted)) for run in runs]
     begun = time.time()
     open_runs = {
         f.run_key
         for _, f in before
-        if f.attempts and not f.status and not f.damage and f.attempts[-1].end is None
+        if f.attempts and not f.over and not f.damage and f.attempts[-1].end is None
     }
     snapshot = look(f.attempts[-1] for _, f in before if f.run_key in open_runs)
     derived = []
     for run, first in before:
-        facts = read_facts(run) if first.run_key in open_runs else first
+        facts = read_facts(run, wanted) if first.run_key in open_runs else first
         newer = facts.attempts[len(first.attempts) :]
         if newer and newer[-1].end is None and not is_cancelled(facts.attempts):
             # Somebody has made it since; nobody was asked about it.
@@ -69,12 +75,13 @@ def survey(runs: Iterable[RunDir], rules: Rules) -> tuple[Snapshot, Survey]:
     return snapshot, derived
 
 
-def read_facts(run: RunDir) -> Facts:
+def read_facts(run: RunDir, wanted: Sequence[str] = ()) -> Facts:
     """What the run's folder says; damage is reported in it, not raised.
 
     Of a run that is over only the result is read: of thousands of runs most are.
     """
-    steps = None
+    steps: int | None = None
+    known: dict[str, Any] = {}
     try:
         if not run.path.exists():
             return Facts(run.run_key)
@@ -87,14 +94,17 @@ def read_facts(run: RunDir) -> Facts:
                 raise ClueError(f"{run.path / 'result.json'}: status {status!r} at step {step!r}")
             if result.get("run_key") != run.run_key:
                 raise ClueError(f"{run.path / 'result.json'}: is of run {result.get('run_key')!r}")
-            return Facts(
-                run.run_key,
-                status,
-                step,
-                steps=step if status == "done" else run.spec().steps,
-                newest=max(run.attempt_numbers(), default=0),
-                result=result,
-            )
+            count, missing = run.evaluations(wanted) if status == "done" else (0, [])
+            known = {"result": result, "wanted": count, "missing": len(missing)}
+            if not missing:
+                return Facts(
+                    run.run_key,
+                    status,
+                    step,
+                    steps=step if status == "done" else run.spec().steps,
+                    newest=max(run.attempt_numbers(), default=0),
+                    **known,
+                )
         steps = run.spec().steps
         attempts = tuple(run.attempts())
         for attempt in attempts:
@@ -103,7 +113,10 @@ def read_facts(run: RunDir) -> Facts:
     except (ClueError, OSError) as e:
         return Facts(run.run_key, damage=str(e), steps=steps)
     committed = max(run.committed_steps(), default=0)
-    return Facts(run.run_key, None, committed, attempts, steps=steps)
+    return Facts(
+        run.run_key, "done" if known else None, steps if known else committed, attempts,
+        steps=steps, **known,
+    )  # fmt: skip
 
 
 def status_row(run: RunDir, facts: Facts, verdict: Verdict) -> Row:
@@ -115,6 +128,7 @@ def status_row(run: RunDir, facts: Facts, verdict: Verdict) -> Row:
         the pace of the newest steps), ``gpu_hours`` (spent, work that was lost too; on CPUs hours
         of ranks), ``estimate_gpu_hours`` (before its first attempt), ``progress_age_s`` (since it
         last wrote metrics), ``stalled``, ``cause`` and ``evidence`` of a failure, ``held``,
+        ``evaluated`` and ``wanted`` (downstream evaluations; null where none is declared),
         ``stale`` (why the state is only the last one known, or None), ``over``.
     """
     try:
@@ -145,6 +159,8 @@ def status_row(run: RunDir, facts: Facts, verdict: Verdict) -> Row:
         "stalled": running and progress.age_s is not None and progress.age_s > STALLED_S,
         "cause": verdict.cause,
         "evidence": verdict.evidence or None,
+        "evaluated": facts.wanted - facts.missing if facts.wanted else None,
+        "wanted": facts.wanted or None,
         "held": verdict.held,
         "stale": verdict.stale or None,
         "over": verdict.over,

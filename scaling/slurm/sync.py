@@ -130,10 +130,12 @@ def preview(
     budget: float | None = None,
     retry_failed: bool = False,
     new_code: bool | None = None,
+    wanted: Sequence[str] = (),
 ) -> Preview:
     """What ``submit`` would do with these runs now, which need no folders yet; touches nothing.
 
     Args:
+        wanted: keys of the evaluations that would be declared.
         plan: plan rows of the runs, for their estimates.
         budget: that would hold; None: none. [GPU-hours]
 
@@ -142,7 +144,7 @@ def preview(
     """
     root = safe_root(root)
     runs = [RunDir(root, config.run_key) for config in configs]
-    snapshot, derived = survey(runs, _rules(profile))
+    snapshot, derived = survey(runs, _rules(profile), wanted)
     if not snapshot.answered:
         raise Unreachable(f"nothing submitted: {snapshot.note}")
     if profile.executor == "slurm":

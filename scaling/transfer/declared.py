@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from scaling.config import Evaluation, TransferSettings
+from scaling.config import CorpusCard, Evaluation, TransferSettings
 from scaling.data.corpus import Corpus, CorpusError, folders
 from scaling.data.tasks import Task
+from scaling.sweeps import Grid
 from scaling.transfer.problem import TransferError
 
 
@@ -13,21 +14,21 @@ def evaluations(root: Path, corpus: Corpus, settings: TransferSettings) -> list[
 
     Raises:
         CorpusError: there is no such task or corpus; the message names those there are.
+        TransferError: a task cannot be evaluated so.
     """
     found = []
-    for declared in settings.tasks:
-        name, _, task = declared.rpartition(":")
+    for one in settings.tasks:
+        name, _, task = one.rpartition(":")
         of = _prepared(root, name) if name else corpus
-        tasks = of.manifest["tasks"]
-        if task not in tasks:
-            valid = ", ".join(tasks) or "none"
-            raise CorpusError(f"{of.path}: no task {task!r}; valid: {valid}")
+        foreign = of.card.digest != corpus.card.digest
+        if why := unfit_for(of, Task.open(of, task), settings.history, foreign):
+            raise TransferError(f"task {task!r}: {why}")
         for head in settings.heads:
             found.append(
                 Evaluation(
                     corpus_digest=str(of.card.digest),
                     task=task,
-                    task_digest=tasks[task],
+                    task_digest=of.manifest["tasks"][task],
                     head=head,
                     history=settings.history,
                     folds=settings.folds,
@@ -35,6 +36,17 @@ def evaluations(root: Path, corpus: Corpus, settings: TransferSettings) -> list[
                 )
             )
     return found
+
+
+def declared(root: Path, grid: Grid, card: CorpusCard) -> list[Evaluation]:
+    """The evaluations that a sweep on a prepared corpus declares of each of its runs.
+
+    Raises:
+        CorpusError, TransferError: as ``evaluations``.
+    """
+    if grid.transfer is None or card.digest is None:
+        return []
+    return evaluations(root, Corpus.find(root, card.digest), grid.transfer)
 
 
 def fit_tasks(corpus: Corpus, history: str) -> list[str]:

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from scaling.config import Evaluation
 from scaling.data.batches import ItemTexts
@@ -15,6 +15,7 @@ from scaling.files import read_json, write_json
 from scaling.models.clue import ContrastiveEncoder
 from scaling.rundir import RunDir
 from scaling.train.export import load_encoder
+from scaling.transfer.baselines.evaluate import vectors_beside
 from scaling.transfer.declared import unfit_for
 from scaling.transfer.features import item_features, user_features
 from scaling.transfer.foreign import as_seen_by
@@ -36,7 +37,7 @@ from scaling.transfer.scoring import (
     scored,
     write_per_user,
 )
-from scaling.transfer.towers import Fitted, fit, vectors
+from scaling.transfer.towers import Fitted, device, fit, vectors
 
 Progress = Callable[[float, str], None]
 
@@ -60,7 +61,7 @@ def evaluate(
         corpus: the corpus the run was trained on; those of foreign tasks are found beside it.
         step: of the export; None: the run's last step.
         progress: told the share that is done, and what is at work.
-        should_stop: asked between evaluations; what is done by then stays.
+        should_stop: polled; when it answers True, what is done by then stays.
 
     Returns:
         Rows of all evaluations done, one for each segment of users: ``run_key step head history
@@ -78,58 +79,83 @@ def evaluate(
             f"{corpus.path}: its digest is {corpus.card.digest}, run {run.run_key} was trained on "
             f"{config.data.corpus_digest}"
         )
-    step = config.steps if step is None else step
     opened = [_open(run.root, corpus, e) for e in wanted]
-    model: ContrastiveEncoder | None = None
-    features: dict[tuple[str, str, str], tuple[Problem, Features]] = {}
+    encoder = _Encoder(run, corpus, config.steps if step is None else step)
     rows: list[Row] = []
     for done, (evaluation, (of, task)) in enumerate(zip(wanted, opened, strict=True)):
-        if should_stop():
-            break
 
         def tell(share: float, done: int = done, name: str = evaluation.key) -> None:
+            if should_stop():
+                raise _Stopped
             if progress:
                 progress((done + share) / len(wanted), name)
 
-        path = record_path(run, evaluation, step, config.steps)
+        try:
+            tell(0.0)
+            found = encoder.rows(evaluation, of, task, tell)
+        except _Stopped:
+            break
+        shared = evaluation.model_dump(include={"head", "history", "folds", "seeds", "task_digest"})
+        identity = {"run_key": run.run_key, "step": encoder.step}
+        rows += [{**identity, **shared, **row} for row in found]
+    return rows
+
+
+class _Stopped(Exception):
+    """Somebody asked to stop."""
+
+
+class _Encoder:
+    """An exported encoder under evaluation; it and its features are made when they are needed."""
+
+    def __init__(self, run: RunDir, corpus: Corpus, step: int) -> None:
+        self.run, self.corpus, self.step = run, corpus, step
+        self.config = run.spec()
+        self._features: dict[tuple[str, str, str], tuple[Problem, Features]] = {}
+
+    @cached_property
+    def model(self) -> ContrastiveEncoder:
+        model, _ = load_encoder(self.run, self.step)
+        return model.to(device())
+
+    def rows(
+        self, evaluation: Evaluation, corpus: Corpus, task: Task, tell: Callable[[float], None]
+    ) -> list[Row]:
+        """Rows of an evaluation, read from its record or computed and recorded."""
+        path = record_path(self.run, evaluation, self.step, self.config.steps)
         header = {
-            "run_key": run.run_key,
-            "step": step,
+            "run_key": self.run.run_key,
+            "step": self.step,
             "evaluation": evaluation.model_dump(mode="json"),
             "towers": asdict(HEAD),
         }
-        found = _recorded(path, header)
-        if found is None:
-            if model is None:
-                model, _ = load_encoder(run, step)
-                model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-            posed = evaluation.corpus_digest, evaluation.task, evaluation.history
-            if posed not in features:
-                problem, texts = pose(of, task), as_seen_by(of, corpus)
-                cap = config.data.items_per_user
-                frozen = _features(model, texts, task, problem, evaluation.history, cap)
-                features[posed] = problem, frozen
-            problem, frozen = features[posed]
-            if evaluation.head == "hybrid":
-                from scaling.transfer.baselines.evaluate import vectors_beside
+        if (found := _recorded(path, header)) is not None:
+            return found
+        problem, features = self._posed(evaluation, corpus, task)
+        if evaluation.head == "hybrid":
+            beside = vectors_beside(self.run.root, corpus, task, problem, evaluation, tell)
+            features = Features(features.users, features.items, beside)
+        outcome, fitted = _outcome(problem, features, evaluation, tell)
+        rows = rows_of(problem, outcome, f"{self.config.model.system}/{evaluation.head}")
+        write_per_user(path.with_suffix(".parquet"), per_user_table(problem, task.keys, outcome))
+        trained = {
+            "epochs": fitted.epochs,
+            "validation_loss": float(np.mean(fitted.validation_loss)),
+        }
+        write_json(path, {**header, **trained, "rows": rows})
+        return rows
 
-                beside = vectors_beside(run.root, of, task, evaluation, tell)
-                frozen = Features(frozen.users, frozen.items, beside)
-            outcome, fitted = _outcome(problem, frozen, evaluation, tell)
-            system = f"{config.model.system}/{evaluation.head}"
-            found = rows_of(problem, outcome, system)
-            write_per_user(
-                path.with_suffix(".parquet"), per_user_table(problem, task.keys, outcome)
-            )
-            validation = float(np.mean(fitted.validation_loss))
-            write_json(
-                path,
-                {**header, "epochs": fitted.epochs, "validation_loss": validation, "rows": found},
-            )
-        tell(1.0)
-        shared = evaluation.model_dump(include={"head", "history", "folds", "seeds", "task_digest"})
-        rows += [{"run_key": run.run_key, "step": step, **shared, **row} for row in found]
-    return rows
+    def _posed(
+        self, evaluation: Evaluation, corpus: Corpus, task: Task
+    ) -> tuple[Problem, Features]:
+        """A task as arrays, with features of its examples and items: the same for all heads."""
+        key = evaluation.corpus_digest, evaluation.task, evaluation.history
+        if key not in self._features:
+            problem, texts = pose(corpus, task), as_seen_by(corpus, self.corpus)
+            cap = self.config.data.items_per_user
+            features = _features(self.model, texts, task, problem, evaluation.history, cap)
+            self._features[key] = problem, features
+        return self._features[key]
 
 
 def record_path(run: RunDir, evaluation: Evaluation, step: int, last: int) -> Path:

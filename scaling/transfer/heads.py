@@ -70,8 +70,9 @@ class Standardised(nn.Module):
 def _fit(x: Floats, width: int | None) -> tuple[Tensor, Tensor]:
     """Mean, and scales of the columns or the matrix that standardises and reduces them.
 
-    Columns that are constant are only shifted. Components keep their relative sizes, are scaled
-    together to a mean square of one, and are filled up with zeros where there are fewer.
+    Columns that are constant are only shifted. Components keep their relative sizes, are filled up
+    with zeros where there are fewer, and are scaled together to the sum of squares of ``width``
+    standardised columns, for which the layers are initialised.
     """
     mean, std = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
     constant = std <= 1e-6 * std.max(initial=0)  # rounding, which scaling would blow up
@@ -85,7 +86,7 @@ def _fit(x: Floats, width: int | None) -> tuple[Tensor, Tensor]:
     largest = np.abs(components).argmax(axis=0)
     components = components * np.sign(components[largest, np.arange(components.shape[1])])
     matrix = np.zeros((len(mean), width))
-    spread = np.sqrt(max(values.clip(0).mean(), np.finfo(np.float32).tiny))
+    spread = np.sqrt(max(values.clip(0).sum() / width, np.finfo(np.float32).tiny))
     matrix[:, : components.shape[1]] = scale[:, None] * components / spread
     return torch.from_numpy(mean).float(), torch.from_numpy(matrix).float()
 
