@@ -9,7 +9,15 @@ exit status 2; Ctrl-C is exit status 130.
 import sys
 
 try:  # Ctrl-C in the first tenths of a second finds Python here
-    from scaling.cli import corpora, plans, runs, studies, sweeps  # noqa: F401  (their verbs)
+    from scaling.cli import (  # noqa: F401  (their verbs)
+        baselines,
+        corpora,
+        embed,
+        plans,
+        runs,
+        studies,
+        sweeps,
+    )
     from scaling.cli.app import app, main
 except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)

@@ -26,8 +26,8 @@ where a folder should be."""
 
 
 VERBS = (
-    "prepare", "plan", "submit", "sync", "status", "cancel", "logs", "train", "transfer", "collect",
-    "fit", "figures", "doctor", "corpus", "demo",
+    "prepare", "plan", "submit", "sync", "status", "cancel", "logs", "train", "embed", "transfer",
+    "baselines", "collect", "fit", "figures", "doctor", "corpus", "demo",
 )  # fmt: skip
 """In the order of the work."""
 

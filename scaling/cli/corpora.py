@@ -151,7 +151,7 @@ def info(
     from scaling.data.statistics import summary, survey
 
     records = []
-    for corpus in map(Corpus.open, _corpora(root, name)):
+    for corpus in map(Corpus.open, corpora_of(root, name)):
         records.append(summary(corpus))
         if full:
             with progress("read") as update, _damage_told(corpus.path):
@@ -188,7 +188,7 @@ def compare(
     from scaling.data.domains import VARIANTS
     from scaling.data.domains import compare as measure
 
-    paths = dict.fromkeys(path for name in names for path in _corpora(root, name))
+    paths = dict.fromkeys(path for name in names for path in corpora_of(root, name))
     with progress("read") as update, _damage_told(*paths):
         found = measure([Corpus.open(path) for path in paths], update)
     if as_json:
@@ -216,7 +216,7 @@ def verify(name: CorpusName, root: Root = WORK) -> None:
     """
     from scaling.data.corpus import Corpus
 
-    for path in _corpora(root, name):
+    for path in corpora_of(root, name):
         with progress("verify") as update:
             Corpus.open(path).verify(update)
         typer.echo(f"{path}: whole")
@@ -273,7 +273,7 @@ def _damage_told(*paths: Path) -> Iterator[None]:
         ) from e
 
 
-def _corpora(root: Path, name: str) -> list[Path]:
+def corpora_of(root: Path, name: str) -> list[Path]:
     """Folders of the prepared corpora that are meant."""
     from scaling.data.corpus import CorpusError, folders
     from scaling.data.prepare import find_prepared

@@ -5,6 +5,7 @@ several side by side; an item's are h, from the same encoder. Dropout is off and
 here, so a user's features do not depend on who else is in a batch.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,12 +26,20 @@ Logs = tuple[NDArray[Any], NDArray[Any]]
 """Offsets and items: user ``u`` has ``items[offsets[u]:offsets[u + 1]]``, oldest first. Offsets may
 begin anywhere, so those of users a .. b - 1 are a slice, ``offsets[a:b + 1]``, of all."""
 
-CHUNK_ITEMS = 1 << 16
+CHUNK_ITEMS = 1 << 18
 """Behaviours, or items, of a batch: it encodes each distinct item once. Bounds memory (their
 embeddings are held), not the result."""
 CHUNK_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 17}
 """Most elements (tokens of items, items of users) whose activations are held at once, by the kind
 of device: so few stay in a CPU's caches, and so many keep a GPU busy."""
+
+
+def device() -> torch.device:
+    """Where this process computes: the GPU of its place on the host, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    place = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    return torch.device("cuda", place % torch.cuda.device_count())
 
 
 @torch.no_grad()
