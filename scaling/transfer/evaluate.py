@@ -232,8 +232,10 @@ def _outcome(
     users = vectors(towers.user, [s.test for s in of_replica], towers.replicas)
     items = vectors(towers.item, rows, towers.replicas)
     found = [
-        scored(problem, split, ByVectors(u, split.test, i, r))
-        for split, u, i, r in zip(of_replica, users, items, rows, strict=True)
+        scored(problem, split, ByVectors(u, split.test, i, r, loss))
+        for split, u, i, r, loss in zip(
+            of_replica, users, items, rows, fitted.validation_loss, strict=True
+        )
     ]
     n = evaluation.seeds
     return gather(splits, [found[i : i + n] for i in range(0, len(found), n)]), fitted

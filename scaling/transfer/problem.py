@@ -72,8 +72,8 @@ class Problem:
     """Group 0..9 of each example; None: ``part`` says it."""
     part: NDArray[np.uint8]
     """0 train, 1 validation, 2 test, of a task that has one fold. [examples]"""
-    pretraining: Ints | None
-    """Pretraining users' logs of the service, one after another; None if pretraining lacks it."""
+    pretraining: Logs | None
+    """Logs of the service by the users of pretraining; None if pretraining lacks it."""
     segment: NDArray[np.uint8] | None
     """Place of each user in ``task_forms.SEGMENTS``. [users]"""
 
@@ -195,8 +195,8 @@ def pose(corpus: Corpus, task: Task) -> Problem:
     pretraining = None
     if task.service in corpus.card.services:
         bounds, log = corpus.users(task.service)
-        first = corpus.split("pretraining")
-        pretraining = row_of[log[int(bounds[first.start]) : int(bounds[first.stop])]]
+        bounds = bounds[: corpus.card.n_users + 1].astype(np.int64)
+        pretraining = bounds, row_of[log[: bounds[-1]]]
     if task.form == "leave_one_out":
         own = _draw(task, 3, stored=negatives.shape[2])
         negatives = own if not negatives.shape[2] else np.concatenate([own[:, :1], negatives], 1)

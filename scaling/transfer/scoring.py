@@ -26,7 +26,7 @@ from scaling.transfer.metrics import (
     summarise,
 )
 from scaling.transfer.problem import Problem, Split, TransferError
-from scaling.transfer.towers import pair_loss, softmax_loss
+from scaling.transfer.towers import Fitted, pair_loss, softmax_loss, vectors
 
 Ints = NDArray[np.int64]
 Scores = NDArray[np.float32] | NDArray[np.float64] | Ints
@@ -63,6 +63,8 @@ class ByVectors:
     """Vectors of ``rows``. [m, k]"""
     rows: Ints
     """Items that have vectors, ascending. [m]"""
+    validation_loss: float
+    """``pair_loss`` of the fold's validation examples. [nats]"""
     losses: bool = True
 
     def pairs(self, examples: Ints, rows: Ints) -> Scores:
@@ -77,6 +79,14 @@ class ByVectors:
         users = self.users[np.searchsorted(self.examples, examples)]
         scores: Scores = (users @ self.items.T).cpu().numpy()
         return scores
+
+
+def fitted_vectors(problem: Problem, fitted: Fitted) -> ByVectors:
+    """Scores of one trained replica, for all examples and items."""
+    examples, rows = np.arange(len(problem.user)), np.arange(len(problem.catalogue))
+    users = vectors(fitted.towers.user, [examples], 1)[0]
+    items = vectors(fitted.towers.item, [rows], 1)[0]
+    return ByVectors(users, examples, items, rows, fitted.validation_loss[0])
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,9 @@ class Towers(nn.Module):
 
     replicas: int = 1
 
+    def refresh(self) -> None:
+        """Compute what all vectors share, of the parameters as they are now."""
+
     def user(self, examples: Tensor) -> Tensor:
         """Vectors of examples. [replicas, n] -> [replicas, n, k]"""
         raise NotImplementedError
@@ -141,6 +144,7 @@ def fit(
         ).to(where)
         for start in range(0, width, per_step):
             batch = order[:, start : start + per_step]
+            towers.refresh()
             rows = candidates[batch]
             negative = rows.gather(3, drawn[:, start : start + per_step])
             pairs = torch.cat([rows[..., :1], negative], 3).long()
@@ -150,6 +154,7 @@ def fit(
             torch.autograd.backward(pair_loss(logits).mean((1, 2)).sum())
             optimiser.step()
         going = []
+        towers.eval()
         losses = [float(pair_loss(x).mean()) for x in score(towers, [validation[r] for r in live])]
         for place, (r, loss) in enumerate(zip(live, losses, strict=True)):
             if loss < best.validation_loss[r]:
@@ -171,6 +176,8 @@ def fit(
     for name, buffer in towers.named_buffers():
         buffer.data = constants[name]
     towers.eval()
+    with torch.no_grad():
+        towers.refresh()
     return best
 
 
@@ -225,6 +232,7 @@ def score(towers: Towers, sets: Sequence[Pairs]) -> list[Tensor]:
         On the CPU, for each: [examples, targets, 1 + negatives]
     """
     found = []
+    towers.refresh()
     users = vectors(towers.user, [s.examples for s in sets], towers.replicas)
     items = vectors(towers.item, [s.used for s in sets], towers.replicas)
     for pairs, of_user, of_item in zip(sets, users, items, strict=True):

@@ -28,7 +28,7 @@ def problem_of(order: np.ndarray, **changes: Any) -> Problem:
         "history": (np.arange(n_users + 1) * 6, order[:, 3:9].ravel()),
         "group": np.arange(n_users).astype(np.uint8) % 10,
         "part": np.zeros(n_users, np.uint8),
-        "pretraining": order[: n_users // 4, :9].ravel(),
+        "pretraining": (np.arange(n_users // 4 + 1) * 9, order[: n_users // 4, :9].ravel()),
         "segment": None,
     }
     return Problem(**fields | changes)

@@ -110,7 +110,10 @@ def test_a_posed_task_says_what_the_task_says(corpus: Corpus) -> None:
     assert problem.pretraining is not None
     log = corpus.users("books")[1]
     first = int(corpus.users("books")[0][corpus.split("pretraining").stop])
-    np.testing.assert_array_equal(problem.catalogue[problem.pretraining], log[:first])
+    np.testing.assert_array_equal(problem.catalogue[problem.pretraining[1]], log[:first])
+    np.testing.assert_array_equal(
+        problem.pretraining[0], corpus.users("books")[0][: corpus.card.n_users + 1]
+    )
 
 
 def test_negatives_that_no_task_stores_are_drawn_among_what_the_user_never_touched(

@@ -1,0 +1,77 @@
+"""Behavior Sequence Transformer (Chen et al. 2019) on the task's own logs, in two towers.
+
+A token is a log: the frozen vector of its item's text, projected. The user's vector is the mean of
+the last layer, projected; the item's is its text vector, projected. Unlike the published model the
+target is no part of the sequence: a two-tower system scores any item by one product (Shin et al.
+2023, Section 4.1). ``bst`` has the 15M parameters of their Table 1 (4 layers of width 512: 12.6M),
+``bst-small`` the shape of their first version (4 layers, width 128, 4 heads: 0.79M).
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from scaling.config import ModelConfig
+from scaling.data.batches import latest
+from scaling.models.transformer import Layout, Stack, initialise
+from scaling.transfer.baselines import Context
+from scaling.transfer.problem import Problem, Split
+from scaling.transfer.scoring import ByVectors, fitted_vectors
+from scaling.transfer.towers import Towers, TowerSettings, fit
+
+LATEST = 20
+"""Most recent logs of a sequence. [logs]"""
+WIDTH = 64
+LARGE = ModelConfig(layers=4, d_model=512, heads=8)
+SMALL = ModelConfig(layers=4, d_model=128, heads=4)
+SETTINGS = TowerSettings(lr=3e-4)
+
+
+class BST(Towers):
+    """A Transformer over logs, and a projection of texts."""
+
+    def __init__(self, config: ModelConfig, problem: Problem, texts: NDArray[np.float32]) -> None:
+        super().__init__()
+        self.config, self.problem = config, problem
+        self.texts = torch.from_numpy(texts / np.sqrt((texts**2).mean()))
+        self.stack = Stack(config, LATEST)
+        initialise(self.stack, config.layers)
+        self.token = nn.Linear(texts.shape[1], config.d_model)
+        self.of_user = nn.Linear(config.d_model, WIDTH)
+        self.of_item = nn.Linear(texts.shape[1], WIDTH)
+        self.nobody = nn.Parameter(torch.zeros(config.d_model))
+        """Of a user without logs."""
+
+    def user(self, examples: Tensor) -> Tensor:
+        lengths, items = latest(*self.problem.history, examples[0].numpy(), LATEST)
+        there = torch.from_numpy(np.flatnonzero(lengths))
+        pooled = self.nobody.expand(len(lengths), -1)
+        if len(there):
+            layout = Layout.of(lengths[lengths > 0], self.config.d_model, examples.device)
+            tokens = self.token(self.texts[torch.from_numpy(items)])
+            pooled = pooled.index_copy(0, there, self.stack(layout.scatter(tokens), layout))
+        found: Tensor = self.of_user(pooled)[None]
+        return found
+
+    def item(self, rows: Tensor) -> Tensor:
+        found: Tensor = self.of_item(self.texts[rows])
+        return found
+
+
+def large(context: Context, split: Split, seed: int) -> ByVectors:
+    """The preset of 15M parameters."""
+    return _fit(LARGE, context, split, seed)
+
+
+def small(context: Context, split: Split, seed: int) -> ByVectors:
+    """The preset of the paper's first version."""
+    return _fit(SMALL, context, split, seed)
+
+
+def _fit(config: ModelConfig, context: Context, split: Split, seed: int) -> ByVectors:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        towers = BST(config, context.problem, context.texts)
+        fitted = fit(towers, context.problem, [split], [seed], SETTINGS)  # dropout draws, too
+    return fitted_vectors(context.problem, fitted)

@@ -1,0 +1,129 @@
+"""LightGCN (He et al. 2020, SIGIR): vectors of users and items, averaged over their graph.
+
+The layers are E(k+1) = D^-1/2 A D^-1/2 E(k), and a vector is the mean of layers 0 to K (their
+equations 7 and 8, alpha = 1/(K+1)). The graph joins an example with the items that a fold may know
+of it: a user who is tested is in it by the logs before its targets.
+
+In ``lightgcn`` layer 0 is a projection of frozen text vectors, of an item's own and of the mean over
+a user's known items, so that it has few parameters and knows users it has not met (the 0.5M of
+Shin et al. 2023, Table 1, leave no room for ids). In ``lightgcn-id`` it is a free vector each, as
+published. Both are trained by the loop and the loss of all systems here, where He et al. have BPR.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from scaling.transfer.baselines import Context
+from scaling.transfer.problem import Problem, Split
+from scaling.transfer.scoring import ByVectors, fitted_vectors
+from scaling.transfer.towers import Towers, TowerSettings, fit
+
+Ints = NDArray[np.int64]
+LAYERS = 3
+WIDTH = 64
+TEXT = TowerSettings(max_epochs=60)
+ID = TowerSettings(lr=5e-3, max_epochs=100)
+"""A free vector is met by few steps of an epoch."""
+
+
+class Propagate(torch.autograd.Function):
+    """A symmetric sparse matrix times a dense one: its backward pass is the same product."""
+
+    @staticmethod
+    def forward(ctx: object, matrix: Tensor, x: Tensor) -> Tensor:
+        """[n, n] x [n, k] -> [n, k]"""
+        ctx.matrix = matrix  # type: ignore[attr-defined]
+        return matrix @ x
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> tuple[None, Tensor]:
+        """[n, k] -> [n, k]"""
+        return None, ctx.matrix @ grads[0]  # type: ignore[attr-defined]
+
+
+def normalised_graph(users: Ints, items: Ints, n_users: int, n_items: int) -> Tensor:
+    """D^-1/2 A D^-1/2 of users and items, as a sparse CSR matrix; repeated edges count once.
+    [users + items, users + items]"""
+    edges = np.unique(users * np.int64(n_items) + items)
+    u, i = np.divmod(edges, n_items)
+    i = i + n_users
+    rows, columns = np.concatenate([u, i]), np.concatenate([i, u])
+    n = n_users + n_items
+    degree = np.bincount(rows, minlength=n).astype(np.float64)
+    values = (degree[rows] * degree[columns]) ** -0.5
+    matrix = torch.sparse_coo_tensor(
+        torch.from_numpy(np.stack([rows, columns])), torch.from_numpy(values).float(), (n, n)
+    )
+    return matrix.coalesce().to_sparse_csr()
+
+
+def propagate(matrix: Tensor, x: Tensor, layers: int = LAYERS) -> Tensor:
+    """Mean of layers 0 to ``layers``. [nodes, k]"""
+    total = x
+    for _ in range(layers):
+        x = Propagate.apply(matrix, x)
+        total = total + x
+    mean: Tensor = total / (layers + 1)
+    return mean
+
+
+class LightGCN(Towers):
+    """Vectors of all nodes, made anew at every step."""
+
+    nodes: Tensor
+
+    def __init__(self, problem: Problem, split: Split, texts: NDArray[np.float32] | None) -> None:
+        super().__init__()
+        users, items = problem.known(split)
+        self.n_users, n_items = len(problem.user), len(problem.catalogue)
+        self.matrix = normalised_graph(users, items, self.n_users, n_items)
+        if texts is None:
+            self.free = nn.Parameter(torch.randn(self.n_users + n_items, WIDTH) * 0.1)
+            self.texts = None
+        else:
+            mean = np.zeros((self.n_users, texts.shape[1]), np.float32)
+            np.add.at(mean, users, texts[items])
+            mean /= np.maximum(np.bincount(users, minlength=self.n_users), 1)[:, None]
+            scale = float(np.sqrt((texts**2).mean()))
+            self.texts = torch.from_numpy(texts / scale), torch.from_numpy(mean / scale)
+            self.of_item = nn.Linear(texts.shape[1], WIDTH)
+            self.of_user = nn.Linear(texts.shape[1], WIDTH)
+
+    def refresh(self) -> None:
+        if self.texts is None:
+            first: Tensor = self.free
+        else:
+            items, users = self.texts
+            first = torch.cat([self.of_user(users), self.of_item(items)])
+        self.nodes = propagate(self.matrix, first)
+
+    def user(self, examples: Tensor) -> Tensor:
+        return self.nodes[examples]
+
+    def item(self, rows: Tensor) -> Tensor:
+        return self.nodes[self.n_users + rows]
+
+
+def by_texts(context: Context, split: Split, seed: int) -> ByVectors:
+    """LightGCN on frozen text vectors."""
+    return _fit(context, split, seed, context.texts, TEXT)
+
+
+def by_ids(context: Context, split: Split, seed: int) -> ByVectors:
+    """LightGCN as published, but for its loss."""
+    return _fit(context, split, seed, None, ID)
+
+
+def _fit(
+    context: Context,
+    split: Split,
+    seed: int,
+    texts: NDArray[np.float32] | None,
+    settings: TowerSettings,
+) -> ByVectors:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        towers = LightGCN(context.problem, split, texts)
+    return fitted_vectors(context.problem, fit(towers, context.problem, [split], [seed], settings))

@@ -1,0 +1,84 @@
+"""Vectors of items' texts, for systems that have no encoder of their own.
+
+Both kinds are of the same shape and need nothing but the catalogue, which is known without any
+behaviour: TF-IDF reduced by a singular value decomposition (latent semantic analysis: Deerwester et
+al. 1990), and sentence-transformers where that package is installed and its weights are at hand.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from scipy.sparse.linalg import svds
+
+from scaling.data import tokenizer
+from scaling.data.corpus import Corpus
+from scaling.transfer.problem import TransferError
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+WIDTH = 256
+"""Singular vectors kept."""
+
+
+def tfidf(corpus: Corpus, items: Ints) -> csr_array:
+    """TF-IDF of items' tokens, rows of unit length, with the smoothed logarithm
+    idf = ln((1 + n) / (1 + df)) + 1. [items, vocabulary]
+
+    Args:
+        items: as the corpus numbers them; documents are counted among them. [items]
+    """
+    tokens, offsets = corpus.item_tokens(items)
+    row = np.repeat(np.arange(len(items)), np.diff(offsets))
+    text = np.ones(len(tokens), bool)
+    text[offsets[:-1]] = False  # the service's token says nothing
+    shape = (len(items), corpus.card.vocab_size)
+    counts = csr_array((np.ones(text.sum()), (row[text], tokens[text])), shape=shape)
+    counts.sum_duplicates()
+    frequency = np.bincount(counts.indices, minlength=shape[1])
+    counts.data *= (np.log((1 + shape[0]) / (1 + frequency)) + 1)[counts.indices]
+    length = np.sqrt(counts.multiply(counts).sum(axis=1))
+    counts.data /= np.repeat(length, np.diff(counts.indptr))
+    return counts
+
+
+def reduced(matrix: csr_array, width: int = WIDTH) -> Floats:
+    """The leading left singular vectors times their values; their signs are fixed. [items, width]
+
+    Where there are fewer, the rest is zero.
+    """
+    rank = min(width, min(matrix.shape) - 1)
+    start = np.ones(min(matrix.shape)) / np.sqrt(min(matrix.shape))  # else it would be drawn
+    left, values, right = svds(matrix, k=rank, v0=start)
+    order = np.argsort(-values)
+    largest = right[order, np.abs(right[order]).argmax(axis=1)]
+    found = np.zeros((matrix.shape[0], width), np.float32)
+    found[:, :rank] = left[:, order] * values[order] * np.sign(largest)
+    return found
+
+
+def sentence_vectors(corpus: Corpus, items: Ints, weights: Path) -> Floats:
+    """Sentence-BERT vectors of items' texts, of which the corpus keeps 31 tokens. [items, width]
+
+    Args:
+        weights: folder of a sentence-transformers model; nothing is downloaded.
+
+    Raises:
+        TransferError: the package or the weights are missing.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise TransferError(
+            "sentence-transformers is not installed: pip install clue-scaling[text]"
+        ) from None
+    if not (weights / "modules.json").is_file():
+        raise TransferError(f"{weights}: not a folder of a sentence-transformers model")
+    model = SentenceTransformer(str(weights), local_files_only=True)
+    own = tokenizer.load(corpus.path / "tokenizer.json")
+    tokens, offsets = corpus.item_tokens(items)
+    ends = offsets.tolist()
+    texts = [tokens[a + 1 : b].tolist() for a, b in zip(ends, ends[1:], strict=False)]
+    found: Floats = model.encode(own.decode_batch(texts), convert_to_numpy=True)
+    return found.astype(np.float32)
