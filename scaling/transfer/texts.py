@@ -5,6 +5,7 @@ behaviour: TF-IDF reduced by a singular value decomposition (latent semantic ana
 al. 1990), and sentence-transformers where that package is installed and its weights are at hand.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,6 @@ def sentence_vectors(corpus: Corpus, items: Ints, weights: Path) -> Floats:
     own = tokenizer.load(corpus.path / "tokenizer.json")
     tokens, offsets = corpus.item_tokens(items)
     ends = offsets.tolist()
-    texts = [tokens[a + 1 : b].tolist() for a, b in zip(ends, ends[1:], strict=False)]
+    texts = [tokens[a + 1 : b].tolist() for a, b in pairwise(ends)]
     found: Floats = model.encode(own.decode_batch(texts), convert_to_numpy=True)
     return found.astype(np.float32)

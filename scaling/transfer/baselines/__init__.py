@@ -1,7 +1,8 @@
 """Systems that a pretrained encoder is compared with: one small file each, on shared parts.
 
-They score by inner products of a user's and an item's vector, as the heads on an encoder do, and are
-trained in the same loop (``towers``), or they count. What they know of a fold is ``Problem.known``.
+They score by inner products of a user's and an item's vector, as the heads on an encoder do, and
+are trained in the same loop (``towers``), or they count. What they know of a fold is
+``Problem.known``.
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,11 @@
 """Behavior Sequence Transformer (Chen et al. 2019) on the task's own logs, in two towers.
 
 A token is a log: the frozen vector of its item's text, projected. The user's vector is the mean of
-the last layer, projected; the item's is its text vector, projected. Unlike the published model the
+the last layer, projected; the item's comes from its text vector through the layers that an item has
+on a frozen encoder (``heads``), so that the two differ in the user alone. Unlike the published model the
 target is no part of the sequence: a two-tower system scores any item by one product (Shin et al.
-2023, Section 4.1). ``bst`` has the 15M parameters of their Table 1 (4 layers of width 512: 12.6M),
-``bst-small`` the shape of their first version (4 layers, width 128, 4 heads: 0.79M).
+2023, Section 4.1). ``bst`` has the shape that their first version states (4 layers, width 128, 4 heads: 0.79M parameters
+in the layers), ``bst-15m`` the size of their Table 1 (4 layers of width 512: 12.6M).
 """
 
 import numpy as np
@@ -16,6 +17,7 @@ from scaling.config import ModelConfig
 from scaling.data.batches import latest
 from scaling.models.transformer import Layout, Stack, initialise
 from scaling.transfer.baselines import Context
+from scaling.transfer.heads import HIDDEN
 from scaling.transfer.problem import Problem, Split
 from scaling.transfer.scoring import ByVectors, fitted_vectors
 from scaling.transfer.towers import Towers, TowerSettings, fit
@@ -26,6 +28,7 @@ WIDTH = 64
 LARGE = ModelConfig(layers=4, d_model=512, heads=8)
 SMALL = ModelConfig(layers=4, d_model=128, heads=4)
 SETTINGS = TowerSettings(lr=3e-4)
+"""The rate with the lower validation loss on one fold of Food, of 3e-4 and 1e-3."""
 
 
 class BST(Towers):
@@ -39,7 +42,12 @@ class BST(Towers):
         initialise(self.stack, config.layers)
         self.token = nn.Linear(texts.shape[1], config.d_model)
         self.of_user = nn.Linear(config.d_model, WIDTH)
-        self.of_item = nn.Linear(texts.shape[1], WIDTH)
+        layers: list[nn.Module] = []
+        inner = texts.shape[1]
+        for outer in HIDDEN:
+            layers += [nn.Linear(inner, outer), nn.ReLU()]
+            inner = outer
+        self.of_item = nn.Sequential(*layers, nn.Linear(inner, WIDTH))
         self.nobody = nn.Parameter(torch.zeros(config.d_model))
         """Of a user without logs."""
 
@@ -60,12 +68,12 @@ class BST(Towers):
 
 
 def large(context: Context, split: Split, seed: int) -> ByVectors:
-    """The preset of 15M parameters."""
+    """``bst-15m``."""
     return _fit(LARGE, context, split, seed)
 
 
 def small(context: Context, split: Split, seed: int) -> ByVectors:
-    """The preset of the paper's first version."""
+    """``bst``."""
     return _fit(SMALL, context, split, seed)
 
 

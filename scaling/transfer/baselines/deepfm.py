@@ -1,7 +1,7 @@
 """DeepFM (Guo et al. 2017) in two towers: a factorisation machine and a network on fields.
 
-Fields of a user are the mean text vector of the history, that of the last log, and the length of the
-history; of an item its text vector and its popularity in what the fold may know. Each field is
+Fields of a user are the mean text vector of the history, that of the last log, and the length of
+the history; of an item its text vector and its popularity in what the fold may know. Each field is
 projected to 64 dimensions. A tower's vector is the sum of its fields (first order), of the products
 of their pairs (second order, equation 2 of Guo et al. within one tower; the pairs across towers are
 the inner product that scores), and, for the user, of a network of three layers of 400.
@@ -47,6 +47,8 @@ class DeepFM(Towers):
         self.of_mean, self.of_last = nn.Linear(width, FIELD), nn.Linear(width, FIELD)
         self.of_text = nn.Linear(width, FIELD)
         self.of_length, self.of_popularity = (nn.Embedding(BUCKETS, FIELD) for _ in range(2))
+        for table in (self.of_length, self.of_popularity):
+            nn.init.normal_(table.weight, std=0.1)
         layers: list[nn.Module] = []
         inner = 3 * FIELD
         for outer in HIDDEN:
@@ -67,7 +69,8 @@ class DeepFM(Towers):
 
     def item(self, rows: Tensor) -> Tensor:
         text, popularity = self.of_text(self.texts[rows]), self.popularity[rows]
-        return _machine(torch.stack([text, self.of_popularity(popularity)]))
+        # so that scores begin near 0, where the loss is that of a guess
+        return _machine(torch.stack([text, self.of_popularity(popularity)])) * FIELD**-0.5
 
 
 def _machine(fields: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ SYSTEMS: dict[str, Callable[[Context, Split, int], Scorer]] = {
     "cooccurrence": neighbours.cooccurrence,
     "lightgcn": lightgcn.by_texts,
     "lightgcn-id": lightgcn.by_ids,
-    "bst": bst.large,
-    "bst-small": bst.small,
+    "bst": bst.small,
+    "bst-15m": bst.large,
     "deepfm": deepfm.deepfm,
 }
 """What is learnt in one fold by one seed, by the systems' names."""

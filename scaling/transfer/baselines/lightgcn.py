@@ -4,8 +4,8 @@ The layers are E(k+1) = D^-1/2 A D^-1/2 E(k), and a vector is the mean of layers
 equations 7 and 8, alpha = 1/(K+1)). The graph joins an example with the items that a fold may know
 of it: a user who is tested is in it by the logs before its targets.
 
-In ``lightgcn`` layer 0 is a projection of frozen text vectors, of an item's own and of the mean over
-a user's known items, so that it has few parameters and knows users it has not met (the 0.5M of
+In ``lightgcn`` layer 0 is a projection of frozen text vectors, of an item's own and of the mean
+over a user's known items, so that it has few parameters and knows users it has not met (the 0.5M of
 Shin et al. 2023, Table 1, leave no room for ids). In ``lightgcn-id`` it is a free vector each, as
 published. Both are trained by the loop and the loss of all systems here, where He et al. have BPR.
 """
@@ -25,7 +25,8 @@ LAYERS = 3
 WIDTH = 64
 TEXT = TowerSettings(max_epochs=60)
 ID = TowerSettings(lr=5e-3, max_epochs=100)
-"""A free vector is met by few steps of an epoch."""
+"""A free vector is met by few steps of an epoch. Both rates were chosen by the validation loss of
+one fold of Food, among 1e-3, 3e-3 and 5e-3, 1e-2, 3e-2."""
 
 
 class Propagate(torch.autograd.Function):
@@ -63,7 +64,7 @@ def propagate(matrix: Tensor, x: Tensor, layers: int = LAYERS) -> Tensor:
     """Mean of layers 0 to ``layers``. [nodes, k]"""
     total = x
     for _ in range(layers):
-        x = Propagate.apply(matrix, x)
+        x = Propagate.apply(matrix, x)  # type: ignore[no-untyped-call]
         total = total + x
     mean: Tensor = total / (layers + 1)
     return mean
