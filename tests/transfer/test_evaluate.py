@@ -1,12 +1,15 @@
 """Evaluation of real, small runs: the features, the record it leaves, and what it refuses."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from scaling.config import ModelConfig, RunConfig, TrainSettings
+from scaling.config import Evaluation, ModelConfig, RunConfig, TrainSettings, TransferSettings
 from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.prepare import prepare
 from scaling.data.tasks import Task
@@ -15,16 +18,11 @@ from scaling.models import build
 from scaling.rundir import RunDir
 from scaling.train.export import exported
 from scaling.train.loop import train
+from scaling.transfer import scoring
+from scaling.transfer.declared import evaluations, fit_tasks
 from scaling.transfer.evaluate import evaluate
+from scaling.transfer.metrics import METRICS
 from scaling.transfer.problem import TransferError
-
-COLUMNS = {
-    *("run_key", "task", "system", "fold", "hr_1", "hr_10", "ndcg_10", "mrr"),
-    *("loss", "loss_softmax", "tie_gap", "n_users", "n_targets"),
-}
-
-
-POPULARITY = ("popularity", "popularity/pretraining")
 
 
 def configure(corpus: Corpus, **changes: Any) -> RunConfig:
@@ -53,82 +51,155 @@ def corpus(tiny_corpus: Any) -> Corpus:
     return Corpus.open(next((root / "corpora").glob("tiny-*")))
 
 
+def wanted(
+    corpus: Corpus, *tasks: str, heads: tuple[str, ...] = ("u-mlp",), **settings: Any
+) -> list[Evaluation]:
+    root = corpus.path.parent.parent
+    named = TransferSettings.model_validate(
+        {"tasks": tasks, "heads": heads, "folds": 2, **settings}
+    )
+    return evaluations(root, corpus, named)
+
+
+def untrained(corpus: Corpus, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> RunDir:
+    """A run whose export is a fresh encoder."""
+    config = configure(corpus, **changes)
+    model = build(config.model, config.data.vocab_size).eval()
+    monkeypatch.setattr("scaling.transfer.evaluate.load_encoder", lambda run, step: (model, step))
+    return RunDir.create(corpus.path.parent.parent, config, corpus.card.name)
+
+
 @pytest.mark.slow
 def test_a_run_is_evaluated_once_per_export(corpus: Corpus) -> None:
     root = corpus.path.parent.parent
     run = RunDir.create(root, configure(corpus), corpus.card.name)
+    both = wanted(corpus, "books", "beauty")
     with pytest.raises(RecordError, match="nothing is exported yet"):
-        evaluate(run, corpus, ["books"], folds=2)
+        evaluate(run, corpus, both)
     settings = TrainSettings(threads=1, milestones=2)
     train(run, corpus, settings, should_stop=lambda: bool(exported(run)))
-    calls: list[tuple[int, int]] = []
-    rows = evaluate(run, corpus, ["books", "beauty"], folds=2, progress=lambda *a: calls.append(a))
-    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert all(set(row) == COLUMNS and row["run_key"] == run.run_key for row in rows)
-    assert [(r["task"], r["fold"], r["system"]) for r in rows] == [
-        *(("books", f, s) for f in (0, 1) for s in ("clue/u-mlp", *POPULARITY)),
-        *(("beauty", f, s) for f in (0, 1) for s in ("clue/u-mlp", "popularity")),
+    with pytest.raises(RecordError, match="no step 6; exported: 3"):
+        evaluate(run, corpus, both)
+    early = evaluate(run, corpus, both, step=3)
+    assert {(r["run_key"], r["step"]) for r in early} == {(run.run_key, 3)}
+    folder = run.path / "transfer"
+    assert {p.parent.name for p in folder.rglob("*.json")} == {"step-000000003"}
+
+    train(run, corpus, settings)
+    told: list[tuple[float, str]] = []
+    rows = evaluate(run, corpus, both, progress=lambda *a: told.append(a))
+    assert [share for share, _ in told] == sorted(share for share, _ in told)
+    assert [name for _, name in told if name] == sorted((n for _, n in told), reverse=True)
+    assert [(r["task"], r["system"], r["segment"]) for r in rows] == [
+        (task, "clue/u-mlp", "all") for task in ("books", "beauty")
     ]
-    users = {t: Task.open(corpus, t).n_users for t in ("books", "beauty")}
-    for task, targets in (("books", 2), ("beauty", 1)):
-        of_task = [r for r in rows if r["task"] == task and r["system"] == "popularity"]
-        assert sum(r["n_users"] for r in of_task) == users[task]
-        assert sum(r["n_targets"] for r in of_task) == users[task] * targets
+    assert rows[0]["loss"] != early[0]["loss"]
+    for row, targets in zip(rows, (2, 1), strict=True):
+        users = Task.open(corpus, row["task"]).n_users
+        assert (row["n_users"], row["n_targets"]) == (users, users * targets)
+        assert (row["folds"], row["seeds"], row["candidates"]) == (2, 1, 21)
+        for name in (*METRICS, "loss", "loss_softmax"):
+            assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"]
 
     # The record is whole, and the same evaluation again only reads it.
-    path = run.path / "transfer" / "books.json"
-    record = json.loads(path.read_text())
-    assert record["rows"] == rows[:6]
-    assert (record["schema_version"], record["history"], record["folds"]) == (1, "target", 2)
-    before = path.stat().st_mtime_ns, path.stat().st_ino
-    assert evaluate(run, corpus, ["books", "beauty"], folds=2) == rows
-    assert (path.stat().st_mtime_ns, path.stat().st_ino) == before
-
-    # Another setting, and then a later export, are other evaluations.
-    both = evaluate(run, corpus, ["books"], folds=2, history="all")
-    assert json.loads(path.read_text())["history"] == "all"
-    assert both[0]["loss"] != rows[0]["loss"]
-    assert both[1] == rows[1]
-    train(run, corpus, settings)
-    later = evaluate(run, corpus, ["books"], folds=2)
-    assert json.loads(path.read_text())["step"] == 6 > record["step"]
-    assert later[0]["loss"] != rows[0]["loss"]
-    assert later[1] == rows[1]
-    assert sorted(p.name for p in path.parent.iterdir()) == ["beauty.json", "books.json"]
-
-    # What it cannot do it refuses, and leaves the record as it was.
-    kept = path.read_text()
-    with pytest.raises(CorpusError, match="no task 'garden'; valid: "):
-        evaluate(run, corpus, ["garden"])
-    with pytest.raises(TransferError, match="history = 'some'; valid: target, all"):
-        evaluate(run, corpus, ["books"], history="some")  # type: ignore[arg-type]
-    with pytest.raises(TransferError, match="folds = 4; valid: 2, 5, 10"):
-        evaluate(run, corpus, ["books"], folds=4)
-    assert path.read_text() == kept
+    paths = [folder / f"{e.key}.json" for e in both]
+    before = [(p.stat().st_mtime_ns, p.stat().st_ino) for p in paths]
+    assert evaluate(run, corpus, both) == rows
+    assert [(p.stat().st_mtime_ns, p.stat().st_ino) for p in paths] == before
+    # So does one that is made anew.
+    kept = paths[0].read_bytes(), paths[0].with_suffix(".parquet").read_bytes()
+    paths[0].unlink()
+    assert evaluate(run, corpus, both) == rows
+    assert (paths[0].read_bytes(), paths[0].with_suffix(".parquet").read_bytes()) == kept
 
 
-def test_a_run_of_another_corpus_is_refused(corpus: Corpus) -> None:
-    config = configure(corpus)
-    other = config.model_copy(
-        update={"data": config.data.model_copy(update={"corpus_digest": "a" * 16})}
-    )
-    run = RunDir.create(corpus.path.parent.parent, other, "other")
-    with pytest.raises(TransferError, match="was trained on aaaaaaaaaaaaaaaa"):
-        evaluate(run, corpus, ["books"])
-
-
-def test_the_histories_that_stored_order_cannot_tell_are_refused(
+def test_a_row_is_what_the_ranks_that_are_kept_say(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run = untrained(corpus, monkeypatch)
+    one = wanted(corpus, "books", seeds=2)
+    (row,) = evaluate(run, corpus, one)
+    table = pq.read_table(run.path / "transfer" / f"{one[0].key}.parquet").to_pandas()
+    task = Task.open(corpus, "books")
+    assert sorted(set(table["user"])) == sorted(task.keys)
+    assert len(table) == 2 * task.n_users * 2
+    assert table.groupby("user")["fold"].nunique().max() == 1
+    group = dict(zip(task.keys.tolist(), task.group.tolist(), strict=True))
+    assert (table["fold"] == table["user"].map(group) // 5).all()
+    assert (table["first"] == table["last"]).all()
+    rank = table["first"].to_numpy(float)
+    assert row["hr_1"] == pytest.approx((rank == 1).mean())
+    assert row["hr_10"] == pytest.approx((rank <= 10).mean())
+    assert row["mrr"] == pytest.approx((1 / rank).mean())
+    assert row["ndcg_10"] == pytest.approx(np.where(rank <= 10, 1 / np.log2(rank + 1), 0).mean())
+    for name in ("loss", "loss_softmax"):
+        assert row[name] == pytest.approx(table[name].mean(), rel=1e-5)
+
+
+def test_other_heads_and_histories_are_other_evaluations(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = untrained(corpus, monkeypatch)
+    heads = ("u-mlp", "u-mlp-64", "linear")
+    rows = evaluate(run, corpus, wanted(corpus, "books", heads=heads))
+    assert [r["system"] for r in rows] == [f"clue/{head}" for head in heads]
+    everything = evaluate(run, corpus, wanted(corpus, "books", history="all"))
+    assert everything[0]["loss"] != rows[0]["loss"]
+    assert len(list((run.path / "transfer").glob("*.json"))) == 4
+
+
+def test_what_is_done_when_it_is_stopped_stays(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = untrained(corpus, monkeypatch)
+    both = wanted(corpus, "books", "beauty")
+    run.want(both)
+    assert run.evaluations() == (2, sorted(e.key for e in both))
+    done = run.path / "transfer" / f"{both[0].key}.json"
+    rows = evaluate(run, corpus, both, should_stop=done.exists)
+    assert [r["task"] for r in rows] == ["books"]
+    assert run.evaluations() == (2, [both[1].key])
+    assert len(evaluate(run, corpus, both)) == 2
+    assert run.evaluations() == (2, [])
+    assert run.wanted() == sorted(both, key=lambda e: e.key)
+
+
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_done(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = untrained(corpus, monkeypatch)
+    with pytest.raises(CorpusError, match="no task 'garden'; valid: "):
+        wanted(corpus, "books", "garden")
+    with pytest.raises(CorpusError, match="no corpus 'else'; prepared: tiny-"):
+        wanted(corpus, "else:books")
+    for changes, message in (
+        ({"heads": ("u-mlp", "best")}, "best"),
+        ({"history": "some"}, "some"),
+        ({"folds": 4}, "4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wanted(corpus, "books", **changes)
+    (one,) = wanted(corpus, "books")
+    altered = one.model_copy(update={"task_digest": "a" * 16})
+    with pytest.raises(TransferError, match=r"'books' has the digest .*, not aaaaaaaaaaaaaaaa"):
+        evaluate(run, corpus, [one, altered])
+    assert not (run.path / "transfer").exists()
+
+
+def test_a_run_of_another_corpus_is_refused(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {**configure(corpus).data.model_dump(), "corpus_digest": "a" * 16}
+    run = untrained(corpus, monkeypatch, data=data)
+    with pytest.raises(TransferError, match="was trained on aaaaaaaaaaaaaaaa"):
+        evaluate(run, corpus, wanted(corpus, "books"))
+
+
+def test_the_histories_that_stored_order_cannot_tell_are_refused(corpus: Corpus) -> None:
     path = corpus.path / "tasks" / "books" / "task.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "cut": "order"}))
-    config = configure(corpus)
-    run = RunDir.create(corpus.path.parent.parent, config, corpus.card.name)
-    model = build(config.model, config.data.vocab_size).eval()
-    monkeypatch.setattr("scaling.transfer.evaluate.load_encoder", lambda run: (model, 6))
     with pytest.raises(TransferError, match=r"task 'books': history = 'all' .*garden.*'order'"):
-        evaluate(run, corpus, ["books"], history="all")
-    assert not (run.path / "transfer").exists()
+        wanted(corpus, "books", history="all")
 
 
 FORMS = """
@@ -156,77 +227,64 @@ negatives = 5
 """
 
 
-def of_all_forms(tiny_corpus: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Corpus, RunDir]:
+@pytest.fixture
+def all_forms(tiny_corpus: Any) -> Corpus:
     root = tiny_corpus(users=200)
     path = root / "tiny.toml"
     path.write_text(path.read_text().replace("[tasks.books]\n", FORMS))
-    corpus = Corpus.open(prepare(path, root))
-    config = configure(corpus)
-    model = build(config.model, config.data.vocab_size).eval()
-    monkeypatch.setattr("scaling.transfer.evaluate.load_encoder", lambda run: (model, 6))
-    return corpus, RunDir.create(root, config, corpus.card.name)
+    return Corpus.open(prepare(path, root))
 
 
-def test_tasks_of_forms_that_folds_do_not_evaluate(
-    tiny_corpus: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    corpus, run = of_all_forms(tiny_corpus, monkeypatch)
-    for task, history, message in (
-        ("alone", "all", "stores histories of 'books' alone .*; valid: target"),
-        ("first", "target", "no history of it; valid: all"),
-        ("foreign", "target", "encoders of other corpora"),
-        ("full", "target", "form = 'last' and 0 negatives"),
-        ("loo", "target", "form = 'leave_one_out' and 5 negatives"),
-    ):
-        with pytest.raises(TransferError, match=f"task '{task}'.*{message}"):
-            # Beside a task that could be done, too.
-            evaluate(run, corpus, ["books", task], history=history, folds=2)
-    assert not (run.path / "transfer").exists()
-    rows = evaluate(run, corpus, ["first"], folds=2, history="all")
-    assert {r["system"] for r in rows} == {"clue/u-mlp", "popularity"}
-    assert sum(r["n_targets"] for r in rows) == 2 * Task.open(corpus, "first").n_users
+def test_every_form_is_evaluated(all_forms: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = untrained(all_forms, monkeypatch)
+    rows = evaluate(run, all_forms, wanted(all_forms, "alone", "full", "loo"))
+    rows += evaluate(run, all_forms, wanted(all_forms, "first", history="all"))
+    for row in rows:
+        task = Task.open(all_forms, row["task"])
+        assert row["n_users"] == task.n_users
+        ranked = len(task.candidates) if row["task"] == "full" else 6
+        assert row["candidates"] == ranked
+    assert [r["n_targets"] // r["n_users"] for r in rows] == [3, 3, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("history", "fit"),
-    [("target", ["alone", "beauty", "books"]), ("all", ["beauty", "books", "first"])],
+    [
+        ("target", ["alone", "beauty", "books", "full", "loo"]),
+        ("all", ["beauty", "books", "first", "full"]),
+    ],
 )
-def test_by_default_all_tasks_that_the_history_suits(
-    tiny_corpus: Any, monkeypatch: pytest.MonkeyPatch, history: str, fit: list[str]
-) -> None:
-    corpus, run = of_all_forms(tiny_corpus, monkeypatch)
-    opened: list[str] = []
-    real = Task.open.__func__  # type: ignore[attr-defined]
-
-    def noted(cls: Any, corpus: Corpus, name: str) -> Task:
-        opened.append(name)
-        return real(cls, corpus, name)  # type: ignore[no-any-return]
-
-    monkeypatch.setattr(Task, "open", classmethod(noted))
-    rows = evaluate(run, corpus, folds=2, history=history)
-    assert sorted({r["task"] for r in rows}) == fit
-    assert sorted(p.stem for p in (run.path / "transfer").iterdir()) == fit
-    assert sorted(opened) == sorted(corpus.manifest["tasks"])  # each is read once
-
-
-def test_a_corpus_without_a_task_that_can_be_done(
-    tiny_corpus: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    corpus, run = of_all_forms(tiny_corpus, monkeypatch)
-    for task in ("alone", "beauty", "books"):
-        del corpus.manifest["tasks"][task]
-    with pytest.raises(TransferError, match=r"(?s)task 'first': .*task 'full': .*task 'loo': "):
-        evaluate(run, corpus)
+def test_tasks_that_a_history_suits(all_forms: Corpus, history: str, fit: list[str]) -> None:
+    assert fit_tasks(all_forms, history) == fit
+    for task in set(all_forms.manifest["tasks"]) - set(fit):
+        with pytest.raises(TransferError, match=f"task '{task}': "):
+            wanted(all_forms, task, history=history)
+    for task in fit:
+        del all_forms.manifest["tasks"][task]
+    with pytest.raises(TransferError, match=r"task 'foreign': .*encoders of other corpora"):
+        fit_tasks(all_forms, history)
 
 
 def test_a_diverged_encoder_is_refused_by_name(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run = untrained(corpus, monkeypatch)
     config = configure(corpus)
-    run = RunDir.create(corpus.path.parent.parent, config, corpus.card.name)
     model = build(config.model, config.data.vocab_size).eval()
     torch.nn.init.constant_(model.token_emb.weight, float("nan"))
-    monkeypatch.setattr("scaling.transfer.evaluate.load_encoder", lambda run: (model, 6))
-    with pytest.raises(TransferError, match=rf"run {run.run_key}, step 6: .*'books' hold NaN"):
-        evaluate(run, corpus, ["books"])
+    monkeypatch.setattr("scaling.transfer.evaluate.load_encoder", lambda run, step: (model, step))
+    with pytest.raises(TransferError, match=r"task 'books': .* NaN .*did the run diverge"):
+        evaluate(run, corpus, wanted(corpus, "books"))
     assert not (run.path / "transfer").exists()
+
+
+def test_metrics_that_no_ranking_has_are_refused(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = untrained(corpus, monkeypatch)
+    honest = scoring.bootstrap
+    monkeypatch.setattr(
+        scoring, "bootstrap", lambda x: replace(honest(x), mean=1.5 * honest(x).mean + 0.5)
+    )
+    with pytest.raises(TransferError, match=r"clue/u-mlp on 'books': .*hr_10"):
+        evaluate(run, corpus, wanted(corpus, "books"))

@@ -2,10 +2,11 @@
 
 A token is a log: the frozen vector of its item's text, projected. The user's vector is the mean of
 the last layer, projected; the item's comes from its text vector through the layers that an item has
-on a frozen encoder (``heads``), so that the two differ in the user alone. Unlike the published model the
-target is no part of the sequence: a two-tower system scores any item by one product (Shin et al.
-2023, Section 4.1). ``bst`` has the shape that their first version states (4 layers, width 128, 4 heads: 0.79M parameters
-in the layers), ``bst-15m`` the size of their Table 1 (4 layers of width 512: 12.6M).
+on a frozen encoder (``heads``), so that the two differ in the user alone. Unlike the published
+model the target is no part of the sequence: a two-tower system scores any item by one product (Shin
+et al. 2023, Section 4.1). ``bst`` has the shape that their first version states (4 layers, width
+128, 4 heads: 0.79M parameters in the layers), ``bst-15m`` the size of their Table 1 (4 layers of
+width 512: 12.6M).
 """
 
 import numpy as np

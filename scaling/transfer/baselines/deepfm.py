@@ -76,8 +76,9 @@ class DeepFM(Towers):
 def _machine(fields: Tensor) -> Tensor:
     """Sum of fields and of the products of their pairs: the square of the sum less the sum of the
     squares, halved. [fields, ..., k] -> [..., k]"""
-    total = fields.sum(0)
-    return total + (total**2 - (fields**2).sum(0)) / 2
+    total: Tensor = fields.sum(0)
+    found: Tensor = total + (total**2 - (fields**2).sum(0)) / 2
+    return found
 
 
 def _buckets(counts: NDArray[np.int64]) -> Tensor:
