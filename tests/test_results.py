@@ -13,7 +13,7 @@ import pytest
 
 from scaling import results
 from scaling.config import CorpusCard, PoolConfig
-from scaling.files import write_json
+from scaling.files import RecordError, write_json
 from scaling.results import SCHEMAS, ResultsError, Tables, collect, data_dictionary, load
 from scaling.rundir import RunDir, append_line
 from scaling.sweeps import PLAN_COLUMNS, Grid, PlannedRun
@@ -248,16 +248,31 @@ def test_what_a_run_counted_replaces_what_was_planned(
 def test_transfer_rows_carry_their_record(tmp_path: Path, runs: list[PlannedRun]) -> None:
     run = start(tmp_path / "work", runs[0])
     run.write_result(steps(run, 1, STEPS, 0), result(runs[0]))
-    row = {"run_key": run.run_key, "task": "books", "system": "popularity", "fold": 0, "loss": 0.5}
-    record = {"schema_version": 1, "run_key": run.run_key, "step": STEPS, "task": "books"}
-    protocol = {"history": "all", "folds": 5, "seed": 3, "task_digest": "abcd"}
-    write_json(run.path / "transfer" / "books.json", {**record, **protocol, "rows": [row]})
+    row = {"task": "books", "system": "clue/linear", "segment": "all", "loss": 0.5}
+    protocol = {"history": "all", "folds": 5, "seeds": 3, "task_digest": "abcd"}
+    record = {"run_key": run.run_key, "step": STEPS, "evaluation": {"task": "books", **protocol}}
+    write_json(run.path / "transfer" / "books-aaaaaaaa.json", {**record, "rows": [row]})
+    # Systems without an encoder on the same task stand beside it, those of others do not.
+    for digest in ("abcd", "dcba"):
+        beside = {"task": digest, "system": "popularity", "segment": "all"}
+        write_json(
+            run.root / "baselines" / "corpus" / digest / "popularity.json",
+            {**protocol, "task_digest": digest, "rows": [beside]},
+        )
     transfer = take(tmp_path, runs[:1]).transfer
     assert transfer[["task", "system", *protocol]].to_numpy().tolist() == [
-        ["books", "popularity", *protocol.values()]
+        ["books", "clue/linear", *protocol.values()],
+        ["abcd", "popularity", *protocol.values()],
     ]
-    assert transfer["step"].tolist() == [STEPS]
+    assert transfer["step"].tolist()[0] == STEPS
+    assert pd.isna(transfer["run_key"].iloc[1])
     assert pd.isna(transfer["mrr"].iloc[0])
+
+
+def test_a_torn_record_of_a_baseline_is_told(tmp_path: Path, runs: list[PlannedRun]) -> None:
+    write_json(tmp_path / "work" / "baselines" / "c" / "t" / "bst.json", {"rows": []})
+    with pytest.raises(RecordError, match=r"bst\.json: not a record of a baseline"):
+        take(tmp_path, runs[:1])
 
 
 @pytest.mark.parametrize("step", [STEPS - 1, None])
@@ -267,11 +282,17 @@ def test_transfer_of_another_step_is_stale(
     run = start(tmp_path / "work", runs[0])
     run.write_result(steps(run, 1, STEPS, 0), result(runs[0]))
     for task, evaluated in (("books", step), ("food", STEPS)):
-        record = {"run_key": run.run_key, "step": evaluated, "task": task}
-        rows = [{"task": task, "system": "popularity", "fold": 0}]
+        record = {"run_key": run.run_key, "step": evaluated, "evaluation": {"task": task}}
+        rows = [{"task": task, "system": "clue/u-mlp", "segment": "all"}]
         write_json(run.path / "transfer" / f"{task}.json", {**record, "rows": rows})
+    # one of the first version, which kept folds apart
+    old = {"run_key": run.run_key, "step": STEPS, "task": "old", "folds": 5, "rows": []}
+    write_json(run.path / "transfer" / "old.json", old)
     tables = take(tmp_path, runs[:1])
-    assert tables.collected["stale"] == [{"run_key": run.run_key, "task": "books", "step": step}]
+    assert tables.collected["stale"] == [
+        {"run_key": run.run_key, "record": "books.json", "step": step},
+        {"run_key": run.run_key, "record": "old.json", "step": STEPS},
+    ]
     assert tables.transfer["task"].tolist() == ["food"]
 
 
@@ -357,7 +378,7 @@ def test_a_damaged_table_is_named(tmp_path: Path, runs: list[PlannedRun]) -> Non
         load(tmp_path / "results")
 
 
-@pytest.mark.parametrize("version", ["1", "3"])
+@pytest.mark.parametrize("version", ["2", "4"])
 def test_another_version_is_refused(tmp_path: Path, runs: list[PlannedRun], version: str) -> None:
     take(tmp_path, runs)
     path = tmp_path / "results" / "runs.parquet"

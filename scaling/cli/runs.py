@@ -18,7 +18,6 @@ from scaling.cli.terminal import (
     progress,
     with_intervals,
 )
-from scaling.config import HEADS
 
 RunKey = Annotated[str, typer.Argument(help="Run key, or its first letters.")]
 
@@ -116,7 +115,8 @@ def transfer(
         ),
     ] = None,
     head: Annotated[
-        list[str] | None, typer.Option(help=f"Head: {', '.join(HEADS)}; default: u-mlp.")
+        list[str] | None,
+        typer.Option(help="Head: u-mlp, u-mlp-64, linear, hybrid; default: u-mlp."),
     ] = None,
     folds: Annotated[int, typer.Option(help="Folds of the users: 2, 5 or 10.")] = 5,
     seeds: Annotated[int, typer.Option(help="Seeds of the heads.")] = 1,

@@ -21,7 +21,7 @@ def changed(transfer: pd.DataFrame, run_key: str, **values: Any) -> pd.DataFrame
     return transfer
 
 
-def test_a_point_is_the_mean_over_folds(tables: Tables) -> None:
+def test_a_point_is_the_row_of_all_users(tables: Tables) -> None:
     found = downstream_points(tables.transfer, tables.runs)["books"]
     assert (found.system, found.left_out, found.failed) == ("clue/u-mlp", (), None)
     runs = tables.runs.set_index("run_key")["loss"]
@@ -29,7 +29,10 @@ def test_a_point_is_the_mean_over_folds(tables: Tables) -> None:
         rows = tables.transfer.query(
             "task == 'books' and system == 'clue/u-mlp' and run_key == @point['run_key']"
         )
-        assert point["downstream"] == pytest.approx(rows["loss"].sum() / 2)
+        assert len(rows) == 1
+        assert (point["downstream"], point["low"], point["high"]) == tuple(
+            rows[["loss", "loss_low", "loss_high"]].iloc[0]
+        )
         assert point["pretraining"] == runs[point["run_key"]]
     assert len(found.points) == len(runs)
 
@@ -38,9 +41,9 @@ def test_a_point_is_the_mean_over_folds(tables: Tables) -> None:
     ("values", "reason"),
     [
         ({"folds": 5}, "folds 2, 5"),
-        ({"seed": 1}, "seed 0, 1"),
+        ({"seeds": 2}, "seeds 1, 2"),
         ({"history": "all"}, "history all, target"),
-        ({"task_digest": "other", "seed": pd.NA}, "seed 0, <NA>; task_digest books, other"),
+        ({"task_digest": "other", "seeds": pd.NA}, "seeds 1, <NA>; task_digest books, other"),
     ],
 )
 def test_runs_evaluated_differently_are_not_mixed(
@@ -55,6 +58,15 @@ def test_runs_evaluated_differently_are_not_mixed(
     labels = transfer_vs_pretraining(transfer, tables.runs).get_legend().get_texts()
     assert labels[0].get_text() == "books: not drawn,\nevaluated differently"
     assert labels[1].get_text().startswith("food, 24 runs")
+
+
+def test_segments_of_the_users_are_no_points(tables: Tables) -> None:
+    cold = tables.transfer.assign(segment="cold", loss=9.0)
+    both = pd.concat([tables.transfer, cold], ignore_index=True)
+    found = downstream_points(both, tables.runs)["books"]
+    pd.testing.assert_frame_equal(
+        found.points, downstream_points(tables.transfer, tables.runs)["books"].points
+    )
 
 
 def test_runs_without_a_loss_do_not_count(tables: Tables) -> None:
