@@ -270,6 +270,6 @@ class Embedding:
                 f"run {self.run.run_key}, step {self.step}: its features hold NaN or infinity; did "
                 "the run diverge?"
             )
-        if largest > np.finfo(self.wanted.dtype).max:
+        if largest > float(np.finfo(self.wanted.dtype).max):
             raise EmbedError(f"a feature is {largest:g}, too large for float16; use float32")
         return features

@@ -4,7 +4,9 @@ One linear layer A_s a service, learnt after the pretraining: the contrastive ob
 pretraining (eq. 4) on the reduced features A_s z_s of pretraining users, the encoder frozen. The
 reduced feature of a user is A_s z_s of the services side by side, so the layer on the whole feature
 is block-diagonal; it has no bias, so a service without logs stays zeros. With one service there is
-nothing to contrast: A holds the leading principal components then.
+nothing to contrast: A holds the leading principal components then. With several, learning begins at
+these or at the canonical directions, whichever have the lower loss on validation users: where the
+services share little of their variance, gradients do not lead from the former to the latter.
 
 The paper trains its layer with the encoder, between z and the projection head. That is a matter of
 the encoder's configuration and of pretraining again, not of this module.
@@ -13,6 +15,7 @@ the encoder's configuration and of pretraining again, not of this module.
              reduction.json            what it was learnt from, and how well
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +26,14 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
+from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from scaling import ClueError
 from scaling.data.corpus import Corpus
 from scaling.files import read_json, sha256, staging, write_json
-from scaling.models.clue import INITIAL_SCALE
-from scaling.models.losses import contrastive_loss
+from scaling.models.clue import INITIAL_SCALE, MAX_SCALE
+from scaling.models.losses import contrastive_loss, logits, symmetric_cross_entropy
 from scaling.rundir import RunDir
 from scaling.train.export import exported, load_encoder
 from scaling.transfer.features import device, user_features
@@ -42,6 +46,8 @@ STEPS = 2_000
 CHECKS = 20
 """Evenly spaced evaluations on validation users; the best one's A is kept."""
 LEARNING_RATE = 1e-3
+RIDGE = 1e-3
+"""Added to a service's variances, as a share of their mean, before they are divided by; ours."""
 MOST_USERS = 1 << 17
 """Pretraining users that it is learnt from at most: the first ones, whose order is a hash."""
 
@@ -102,7 +108,9 @@ class Fitted:
     """Contrastive loss of validation users on the reduced features, tau refitted; None with one
     service. [nats]"""
     loss_pca: float | None
-    """The same for the leading principal components of each service, where the fit begins."""
+    """The same for the leading principal components of each service."""
+    loss_canonical: float | None
+    """The same for the canonical directions; the fit begins at the better of both."""
     kept_variance: dict[str, float]
     """Share of the variance of z_s that lies in the rows of A_s."""
 
@@ -212,19 +220,18 @@ def fit(
         torch.stack([torch.from_numpy(f[s]) for s in names]).to(device())
         for f in (train, validation)
     )
-    start = torch.stack([principal_components(of_service, share) for of_service in z])
+    pca = torch.stack([principal_components(of_service, share) for of_service in z])
     if len(names) == 1:
-        return Fitted(_by_name(names, start), "pca", None, None, _kept(names, start, z))
-    layer = start.clone().requires_grad_()
-    logit_scale = torch.full(
-        (1,), float(np.log(INITIAL_SCALE)), device=z.device, requires_grad=True
-    )
+        return Fitted(_by_name(names, pca), "pca", None, None, None, _kept(names, pca, z))
+    canonical = canonical_directions(z, share)
+    losses = [refitted_loss(held @ start.mT) for start in (pca, canonical)]
+    best, kept = min(losses), (pca, canonical)[int(np.argmin(losses))]
+    layer = kept.clone().requires_grad_()
+    logit_scale = torch.full((1,), math.log(INITIAL_SCALE), device=z.device, requires_grad=True)
     optimizer = torch.optim.AdamW([layer, logit_scale], lr=LEARNING_RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     generator = torch.Generator().manual_seed(seed)
     size = min(BATCH, z.shape[1])
-    before = refitted_loss(held @ start.mT)
-    best, kept = before, start
     for step in range(1, STEPS + 1):
         users = torch.randperm(z.shape[1], generator=generator)[:size].to(z.device)
         loss = contrastive_loss(z[:, users] @ layer.mT, logit_scale, size)
@@ -238,7 +245,14 @@ def fit(
                 best, kept = now, layer.detach().clone()
             if progress:
                 progress(step, STEPS, now)
-    return Fitted(_by_name(names, kept), "contrastive", best, before, _kept(names, kept, z))
+    return Fitted(
+        _by_name(names, kept),
+        "contrastive",
+        best,
+        losses[0],
+        losses[1],
+        _kept(names, kept, z),
+    )
 
 
 def principal_components(z: Tensor, count: int) -> Tensor:
@@ -253,23 +267,42 @@ def principal_components(z: Tensor, count: int) -> Tensor:
     return signed.float()
 
 
-def refitted_loss(reduced: Tensor) -> float:
-    """Contrastive loss over all the users given, at the tau that makes it least. [nats]
+def canonical_directions(z: Tensor, count: int) -> Tensor:
+    """The leading ``count`` directions in which services agree, each at unit variance.
 
-    It is convex in tau, so that the search in 1..100 ends at the only minimum.
+    Canonical correlations of any number of services (MAXVAR: Kettenring 1971, Biometrika 58,
+    433-451), with ``RIDGE``. [services, users, d] -> [services, count, d]
+    """
+    services, users, d = z.shape
+    centred = (z - z.mean(1, keepdim=True)).double()
+    covariance = torch.einsum("sui,tuj->sitj", centred, centred) / users
+    whitening = []
+    for s in range(services):
+        values, vectors = torch.linalg.eigh(covariance[s, :, s])
+        whitening.append(vectors / (values + RIDGE * values.mean()).sqrt() @ vectors.mT)
+    whiten = torch.block_diag(*whitening)  # type: ignore[no-untyped-call]
+    together = whiten @ covariance.reshape(services * d, services * d) @ whiten
+    leading = torch.linalg.eigh(together).eigenvectors.flip(1)[:, :count].mT
+    layers: Tensor = (leading @ whiten * math.sqrt(services)).view(count, services, d)
+    return layers.transpose(0, 1).float()
+
+
+@torch.no_grad()
+def refitted_loss(reduced: Tensor) -> float:
+    """Contrastive loss over all the users given, at the tau in 1..100 that makes it least. [nats]
+
+    It is convex in tau, so that the search ends at the only minimum.
 
     Args:
         reduced: [services, users, d_reduced]
     """
-
-    def loss(log_tau: float) -> float:
-        at = torch.full((1,), log_tau, device=reduced.device)
-        return float(contrastive_loss(reduced, at, reduced.shape[1]))
-
-    from scipy.optimize import minimize_scalar
-
-    with torch.no_grad():
-        return float(minimize_scalar(loss, bounds=(0.0, np.log(100.0)), method="bounded").fun)
+    cosines = logits(reduced, reduced.new_zeros(1), reduced.shape[1])
+    found = minimize_scalar(
+        lambda log_tau: float(symmetric_cross_entropy(cosines * math.exp(log_tau))),
+        bounds=(0.0, math.log(MAX_SCALE)),
+        method="bounded",
+    )
+    return float(found.fun)
 
 
 def save(folder: Path, fitted: Fitted, about: Mapping[str, Any]) -> None:
@@ -291,6 +324,7 @@ def save(folder: Path, fitted: Fitted, about: Mapping[str, Any]) -> None:
                 "dims": sum(len(a) for a in fitted.matrices.values()),
                 "method": fitted.method,
                 "loss": fitted.loss,
+                "loss_canonical": fitted.loss_canonical,
                 "loss_pca": fitted.loss_pca,
                 "kept_variance": fitted.kept_variance,
                 "sha256": sha256(file),
