@@ -87,7 +87,6 @@ class CommandArray:
                 "#!/bin/bash",
                 *(f"#SBATCH --{k}={v}" for k, v in options.items() if v is not None),
                 "#SBATCH --requeue",
-                "umask 077",
                 # What is imported must be the user's own.
                 f"test -O {archive} || "
                 f'{{ echo "error: {archive}: is missing, or not your own" >&2; exit 1; }}',
