@@ -180,14 +180,17 @@ def test_paths_named_in_the_readme_and_the_tour_exist() -> None:
 
 def test_the_files_of_the_guide_are_valid(tmp_path: Path) -> None:
     guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-    corpus, sweep = re.findall(r"^```toml\n(.*?)^```", guide, re.M | re.S)
+    corpus, sweep, transfer = re.findall(r"^```toml\n(.*?)^```", guide, re.M | re.S)
     (tmp_path / "mine.toml").write_text(corpus)
-    (tmp_path / "sweep.toml").write_text(sweep)
+    head, grid = sweep.split("[base]")
+    (tmp_path / "sweep.toml").write_text(f"{head}{transfer}[base]{grid}")
     shutil.copy(ROOT / "sweeps" / "models.toml", tmp_path)
     assert read_corpus_file(tmp_path / "mine.toml").services == ("search", "shop")
     grid = Grid.read(tmp_path / "sweep.toml")
     card = read_card(ROOT / "sweeps" / "corpora" / "paper.toml", tmp_path)
     assert len(grid.runs(card)) == 9
+    assert grid.transfer is not None
+    assert grid.transfer.tasks == ("flights", "scientific:lmrec")
 
 
 @pytest.mark.slow

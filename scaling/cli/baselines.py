@@ -29,9 +29,10 @@ def baselines(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of what is trained.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Evaluate the systems that an encoder is compared with, on the tasks of a corpus.
+    """Evaluate what an encoder is compared with, on tasks.
 
-    What is recorded is not computed again; collect puts it beside the runs of a sweep.
+    Popularity, texts, co-occurrence, LightGCN, BST and DeepFM, on the same users, targets and
+    negatives. What is recorded is not computed again; collect puts it beside the runs of a sweep.
 
     \b
     Example:

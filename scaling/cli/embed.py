@@ -104,13 +104,15 @@ def embed(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write features of a corpus's users, its items, or both, from a run's encoder.
+    """Write features of whole corpora from a run's encoder.
+
+    Of users, items, or both.
 
     Interrupted, call it again: finished files stay. RANK and WORLD_SIZE, or srun, share the work
     among processes. Exit status 1 of --check says that files are missing or damaged.
 
     \b
-    Examples:
+    Example:
         clue-scaling embed <RUN> --out features
         clue-scaling embed <RUN> --out features --cluster slurm/mine.toml --array 64 --dry-run
         clue-scaling embed <RUN> --fit-reduction 300 --out reduction
@@ -127,7 +129,11 @@ def embed(
         if len(paths) > 1:
             raise ClueError(f"--corpus {corpus}: {', '.join(p.name for p in paths)}; give one")
         prepared = Corpus.open(paths[0])
+    if array is not None and cluster is None:
+        raise ClueError("--array needs --cluster, which says where")
     if fit_reduction is not None:
+        if task or reduce or cluster or shards or check or services != "concat":
+            raise ClueError("--fit-reduction goes with --out, --corpus and --step alone")
         _fit(chosen, prepared, out, fit_reduction, step, as_json)
         return
 
@@ -161,7 +167,8 @@ def embed(
         if (table := embedding.shards.header[kind]) is not None:
             size = table["rows"] * table["dims"] * (2 if dtype is Dtype.float16 else 4)
             typer.echo(
-                f"{table['rows']:,} {kind} x {table['dims']:,} {dtype.value}: {size / 1e9:,.4g} GB, "
+                f"{table['rows']:,} {kind} x {table['dims']:,} {dtype.value}: "
+                f"{size / 1e9:,.4g} GB, "
                 f"{min(table['rows'], table['shard_rows']):,} {kind} a file",
                 err=True,
             )

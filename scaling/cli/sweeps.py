@@ -37,11 +37,12 @@ if TYPE_CHECKING:
 Rows = Sequence[Mapping[str, Any]]
 STATUS_SHOWN = (
     "run_key", "state", "job_state", "job_id", "attempts", "step", "steps", "loss", "train_loss",
+    "evaluated",
     "eta_s", "gpu_hours", "estimate_gpu_hours", "progress_age_s", "cause",
 )  # fmt: skip
 STATUS_DROPPED = (
-    "estimate_gpu_hours", "job_state", "job_id", "train_loss", "progress_age_s", "attempts",
-    "steps", "gpu_hours", "loss", "eta_s",
+    "evaluated", "estimate_gpu_hours", "job_state", "job_id", "train_loss", "progress_age_s",
+    "attempts", "steps", "gpu_hours", "loss", "eta_s",
 )  # fmt: skip
 STATUS_NEW = {"state": "PLANNED", "attempts": 0, "step": 0, "held": False, "stalled": False,
               "over": False}  # fmt: skip
@@ -312,7 +313,7 @@ def collect(sweep: SweepFile, root: Root = WORK, results: Results = RESULTS) -> 
 def _with_new(rows: Rows, planned: "Sequence[PlannedRun]") -> list[dict[str, Any]]:
     """Status rows of all planned runs: those found, and those that nobody has submitted yet."""
     found = {row["run_key"]: dict(row) for row in rows}
-    missing = dict.fromkeys((*STATUS_SHOWN, "evidence", "stale"))
+    missing = dict.fromkeys((*STATUS_SHOWN, "wanted", "evidence", "stale"))
     named = [{name: p.row[name] for name in ("run_key", "steps")} for p in planned]
     return [{**found.get(row["run_key"], missing | STATUS_NEW), **row} for row in named]
 

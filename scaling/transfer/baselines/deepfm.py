@@ -7,6 +7,8 @@ of their pairs (second order, equation 2 of Guo et al. within one tower; the pai
 the inner product that scores), and, for the user, of a network of three layers of 400.
 """
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -64,16 +66,16 @@ class DeepFM(Towers):
                 self.of_length(self.length[examples]),
             ]
         )
-        found: Tensor = _machine(fields) + self.network(torch.cat([*fields], -1))
+        found: Tensor = machine(fields) + self.network(torch.cat([*fields], -1))
         return found
 
     def item(self, rows: Tensor) -> Tensor:
         text, popularity = self.of_text(self.texts[rows]), self.popularity[rows]
         # so that scores begin near 0, where the loss is that of a guess
-        return _machine(torch.stack([text, self.of_popularity(popularity)])) * FIELD**-0.5
+        return machine(torch.stack([text, self.of_popularity(popularity)])) / math.sqrt(FIELD)
 
 
-def _machine(fields: Tensor) -> Tensor:
+def machine(fields: Tensor) -> Tensor:
     """Sum of fields and of the products of their pairs: the square of the sum less the sum of the
     squares, halved. [fields, ..., k] -> [..., k]"""
     total: Tensor = fields.sum(0)
