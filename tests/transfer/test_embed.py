@@ -427,6 +427,36 @@ def test_the_verb(root: Path, run: RunDir, tmp_path: Path) -> None:
     assert refused.exit_code == 2
     assert "error: " in refused.stderr
     assert "users.shard_rows = 50, not 51" in refused.stderr
+    for words, message in (
+        (("--array", "2"), "--array needs --cluster"),
+        (("--fit-reduction", "4", "--task", "books"), "with --out, --corpus and --step alone"),
+        (("--corpus", "nowhere"), "no corpus 'nowhere'; prepared: "),
+        (("--shards", "2/2"), "parts count from 0"),
+    ):
+        said = call(*words)
+        assert (said.exit_code, message in said.stderr) == (2, True)
+
+
+def test_the_verb_learns_a_reduction_and_applies_it(
+    root: Path, run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scaling.transfer.reduce.STEPS", 20)
+
+    def call(*words: str) -> Any:
+        said = CliRunner().invoke(app, ["embed", run.run_key, "--root", str(root), *words])
+        assert said.exit_code == 0, said.output
+        return said
+
+    reduction, out = str(tmp_path / "reduction"), tmp_path / "out"
+    said = call("--out", reduction, "--fit-reduction", "4")
+    assert "4 dimensions (contrastive); loss of validation users" in said.stdout
+    again = call("--out", f"{reduction}2", "--fit-reduction", "4", "--json")
+    assert json.loads(again.stdout)["dims"] == 4
+    call("--out", str(out), "--reduce", reduction, "--dtype", "float32", "--services", "garden")
+    call("--out", str(tmp_path / "whole"), "--dtype", "float32", "--services", "garden")
+    layer = Reduction.read(tmp_path / "reduction").matrices["garden"]
+    expected = stacked(tmp_path / "whole", "users") @ layer.T
+    np.testing.assert_allclose(stacked(out, "users"), expected, atol=1e-5)
 
 
 @pytest.mark.slow
