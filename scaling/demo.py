@@ -83,6 +83,7 @@ def run(
     out = root / "results" / grid.name
     cluster = ClusterProfile.read(profile)
     trained = _train(console, root, grid, corpus, planned, cluster)
+    _baselines(console, root, grid, corpus)
     with _stage(console, "collect") as show:
         collect(root, [p.row for p in planned], grid.name, out)
         tables = load(out)
@@ -124,6 +125,18 @@ def _train(
             f"its output: clue-scaling logs {key} --root {root}"
         )
     return missing
+
+
+def _baselines(console: Console, root: Path, grid: Grid, corpus: Corpus) -> None:
+    """Evaluate popularity on the tasks that the sweep declares."""
+    from scaling.transfer.baselines.evaluate import evaluate_baselines
+
+    wanted = declared(root, grid, corpus.card)
+    tasks = {e.task: e for e in wanted if e.corpus_digest == corpus.card.digest}
+    with _stage(console, "baselines") as show:
+        for done, (task, e) in enumerate(tasks.items()):
+            evaluate_baselines(root, corpus, task, ["popularity"], folds=e.folds, seeds=e.seeds)
+            show(done + 1, len(tasks), "tasks")
 
 
 def _analyse(

