@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
-from scipy.sparse.linalg import svds
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfTransformer
 
 from scaling.data import tokenizer
 from scaling.data.corpus import Corpus
@@ -37,25 +38,18 @@ def tfidf(corpus: Corpus, items: Ints) -> csr_array:
     shape = (len(items), corpus.card.vocab_size)
     counts = csr_array((np.ones(text.sum()), (row[text], tokens[text])), shape=shape)
     counts.sum_duplicates()
-    frequency = np.bincount(counts.indices, minlength=shape[1])
-    counts.data *= (np.log((1 + shape[0]) / (1 + frequency)) + 1)[counts.indices]
-    length = np.sqrt(counts.multiply(counts).sum(axis=1))
-    counts.data /= np.repeat(length, np.diff(counts.indptr))
-    return counts
+    return csr_array(TfidfTransformer().fit_transform(counts))
 
 
 def reduced(matrix: csr_array, width: int = WIDTH) -> Floats:
-    """The leading left singular vectors times their values; their signs are fixed. [items, width]
+    """The leading left singular vectors times their values, the same at every call. [items, width]
 
     Where there are fewer, the rest is zero.
     """
     rank = min(width, min(matrix.shape) - 1)
-    start = np.ones(min(matrix.shape)) / np.sqrt(min(matrix.shape))  # else it would be drawn
-    left, values, right = svds(matrix, k=rank, v0=start)
-    order = np.argsort(-values)
-    largest = right[order, np.abs(right[order]).argmax(axis=1)]
     found = np.zeros((matrix.shape[0], width), np.float32)
-    found[:, :rank] = left[:, order] * values[order] * np.sign(largest)
+    # randomised, and not ARPACK, which draws by itself where values are equal
+    found[:, :rank] = TruncatedSVD(rank, n_iter=7, random_state=0).fit_transform(matrix)
     return found
 
 

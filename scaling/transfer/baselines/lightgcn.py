@@ -10,6 +10,8 @@ Shin et al. 2023, Table 1, leave no room for ids). In ``lightgcn-id`` it is a fr
 published. Both are trained by the loop and the loss of all systems here, where He et al. have BPR.
 """
 
+import warnings
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -54,10 +56,16 @@ def normalised_graph(users: Ints, items: Ints, n_users: int, n_items: int) -> Te
     n = n_users + n_items
     degree = np.bincount(rows, minlength=n).astype(np.float64)
     values = (degree[rows] * degree[columns]) ** -0.5
-    matrix = torch.sparse_coo_tensor(
-        torch.from_numpy(np.stack([rows, columns])), torch.from_numpy(values).float(), (n, n)
-    )
-    return matrix.coalesce().to_sparse_csr()
+    order = np.lexsort([columns, rows])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+        return torch.sparse_csr_tensor(
+            torch.from_numpy(np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n))])),
+            torch.from_numpy(columns[order]),
+            torch.from_numpy(values[order]).float(),
+            (n, n),
+            check_invariants=True,
+        )
 
 
 def propagate(matrix: Tensor, x: Tensor, layers: int = LAYERS) -> Tensor:
