@@ -1,26 +1,47 @@
-"""Ranking metrics of one positive among its candidates, exact under ties.
+"""Ranking metrics, exact under ties, with intervals over users and a check of printed tables.
 
 A positive that ties with others has no rank but a range of ranks: ``first`` if every tie is broken
 in its favour, ``last`` if none is. Every metric here is the expected value under random
-tie-breaking, the mean of its gain over that range, and is returned per target; the means of the two
-ends differ by the *tie gap*, reported beside every result because a scorer with many ties
-(popularity, a collapsed encoder) looks as good or as bad as its tie rule.
+tie-breaking; the means of the two ends differ by the *tie gap*, reported beside every result
+because a scorer with many ties (popularity, a collapsed encoder) looks as good or as bad as its tie
+rule.
 
-Metrics: HR@k, NDCG@k and MRR of Shin et al. 2023, Section 4 (one positive, 100 negatives, so the
-ideal DCG is 1); MRR has no cut-off.
+Names of metrics are ``hr_K``, ``recall_K``, ``ndcg_K``, ``mrr`` and ``mrr_K`` for any K from 1. Of
+one positive among its candidates (Shin et al. 2023, Section 4: 100 negatives) they are means of a
+gain at its rank: hit ratio and recall are the same, the ideal DCG is 1, and MRR has no cut-off
+unless it is named with one. Lists with several positives are ``per_list``'s.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
+from scaling import ClueError
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Scores = NDArray[np.float32] | Floats | Ints
+Values = NDArray[np.floating[Any]] | tuple[NDArray[np.floating[Any]], Ints]
+"""Of a metric: [users], [users, targets], or sums over each user's targets and how many these are,
+both [users]."""
+
+METRICS = ("hr_1", "hr_10", "ndcg_10", "mrr")
+"""Those of every table."""
+AT_ONCE = 1 << 20
+"""Scores compared at once in a full ranking: about a core's cache."""
+
+_NAME = re.compile(r"((?:hr|recall|ndcg)(?=_)|mrr)(?:_([1-9][0-9]*))?")
+"""Kind and cut-off; only MRR goes without one."""
+
+
+class MetricError(ClueError):
+    """There is no such metric, or none of such values; the message says what would do."""
 
 
 @dataclass(frozen=True)
@@ -43,92 +64,230 @@ class Ranks:
         return Ranks(self.last, self.last)
 
 
-def rank(scores: NDArray[np.float32] | Floats | Ints) -> Ranks:
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+def rank(scores: Scores) -> Ranks:
     """Rank the first of the candidates on the last axis, the positive, among the others.
 
     Args:
         scores: logits or counts, the positive's in ``scores[..., 0]``. [..., 1 + negatives]
 
     Raises:
-        ValueError: a score is not finite (a NaN would rank first, since nothing exceeds it), or the
-            scores are in half precision, whose rounding makes ties of them.
+        MetricError: a score is not finite (a NaN would rank first, since nothing exceeds it), the
+            scores are in half precision, whose rounding makes ties of them, or there is no
+            candidate.
     """
-    if scores.dtype not in (np.float32, np.float64, np.int64):
-        raise ValueError(f"scores are {scores.dtype}; rank float32, float64 or int64 scores")
-    if not np.isfinite(scores).all():
-        raise ValueError("scores hold NaN or infinity")
+    _check(scores)
     positive, others = scores[..., :1], scores[..., 1:]
     first = 1 + np.count_nonzero(others > positive, axis=-1)
     last = 1 + np.count_nonzero(others >= positive, axis=-1)
     return Ranks(np.asarray(first, np.int64), np.asarray(last, np.int64))
 
 
-def rank_all(scores: NDArray[np.float32] | Floats | Ints, targets: Ints) -> Ranks:
-    """Rank targets among all items but themselves; a user's other targets count as any other.
+def rank_all(
+    scores: Scores, targets: Ints, exclude: Bools | tuple[Ints, Ints] | None = None
+) -> Ranks:
+    """Rank each target among all other items.
+
+    A user's other targets are candidates as any other. Beside ``scores`` it holds a few megabytes,
+    so memory is the caller's chunk of users.
 
     Args:
         scores: of all items. [users, items]
-        targets: items. [users, targets]
+        targets: items; one with fewer targets repeats one of its own, and drops it from the result.
+            [users, targets]
+        exclude: items left out of a user's ranking, such as its history, as a mask [users, items]
+            or as (offsets [users + 1], items), in which an item may repeat. Targets of the user are
+            never left out, even if they are among them.
+
+    Returns:
+        Ranks of the targets. [users, targets]
 
     Raises:
-        ValueError: as ``rank``.
+        MetricError: as ``rank``, or a target or an excluded item is no item, or shapes differ.
     """
-    own = np.take_along_axis(scores, targets, axis=1)
-    found = [rank(np.concatenate([own[:, t : t + 1], scores], axis=1)) for t in range(own.shape[1])]
-    # The target is among all items, too, where it ties with itself.
-    return Ranks(
-        np.stack([r.first for r in found], axis=1), np.stack([r.last - 1 for r in found], axis=1)
-    )
+    _check(scores)
+    users, items = scores.shape
+    if len(targets) != users:
+        raise MetricError(f"targets of {len(targets)} users, scores of {users}")
+    _check_items("targets", targets, items)
+    if isinstance(exclude, tuple):
+        if len(exclude[0]) != users + 1 or exclude[0][-1] != len(exclude[1]):
+            raise MetricError(
+                f"exclude: {len(exclude[0])} offsets up to {exclude[0][-1]}, but {users} users "
+                f"and {len(exclude[1])} items"
+            )
+        _check_items("exclude", exclude[1], items)
+    elif exclude is not None and exclude.shape != scores.shape:
+        raise MetricError(f"exclude is {exclude.shape}, scores are {scores.shape}")
+    first, last = np.empty(targets.shape, np.int64), np.empty(targets.shape, np.int64)
+    size = max(1, AT_ONCE // items)
+    for start in range(0, users, size):
+        block = slice(start, min(start + size, users))
+        found, mine = scores[block], targets[block]
+        kept = None if exclude is None else _kept(exclude, block, mine, items)
+        for t, own in enumerate(np.take_along_axis(found, mine, axis=1).T):
+            above, level = found > own[:, None], found >= own[:, None]
+            if kept is not None:
+                above &= kept
+                level &= kept
+            first[block, t] = 1 + np.count_nonzero(above, axis=1)
+            last[block, t] = np.count_nonzero(level, axis=1)  # a target is level with itself
+    return Ranks(first, last)
 
 
-def _hit_gain(ranks: Floats, k: int) -> Floats:
-    return (ranks <= k).astype(np.float64)
+def _kept(exclude: Bools | tuple[Ints, Ints], block: slice, targets: Ints, items: int) -> Bools:
+    """Items that stay in the rankings of a block of users. [block, items]"""
+    if isinstance(exclude, tuple):
+        offsets = exclude[0][block.start : block.stop + 1]
+        kept = np.ones((len(targets), items), bool)
+        rows = np.repeat(np.arange(len(targets)), np.diff(offsets))
+        kept[rows, exclude[1][offsets[0] : offsets[-1]]] = False
+    else:
+        kept = ~exclude[block]
+    np.put_along_axis(kept, targets, True, axis=1)
+    return kept
 
 
-def _ndcg_gain(ranks: Floats, k: int) -> Floats:
-    return np.where(ranks <= k, 1 / np.log2(ranks + 1), 0.0)
+def _check(scores: Scores) -> None:
+    if scores.dtype not in (np.float32, np.float64, np.int64):
+        raise MetricError(f"scores are {scores.dtype}; rank float32, float64 or int64 scores")
+    if not scores.shape[-1]:
+        raise MetricError(f"scores are {scores.shape}: there are no candidates")
+    if not np.isfinite(scores).all():
+        wrong = np.count_nonzero(~np.isfinite(scores))
+        raise MetricError(f"scores: {wrong:,} of {scores.size:,} are NaN or infinite")
 
 
-def _mrr_gain(ranks: Floats) -> Floats:
-    return 1 / ranks
+def _check_items(name: str, numbers: Ints, items: int) -> None:
+    if numbers.size and not 0 <= numbers.min() <= numbers.max() < items:
+        raise MetricError(
+            f"{name} are from {numbers.min()} to {numbers.max()}; items are 0 to {items - 1}"
+        )
 
 
-GAINS: dict[str, Callable[[Floats], Floats]] = {
-    "hr_1": partial(_hit_gain, k=1),
-    "hr_10": partial(_hit_gain, k=10),
-    "ndcg_10": partial(_ndcg_gain, k=10),
-    "mrr": _mrr_gain,
-}
-"""What a positive at a rank (from 1) is worth, by metric."""
-METRICS = tuple(GAINS)
-"""Those of every table."""
+# --- metrics --------------------------------------------------------------------------------------
+
+
+def gains(name: str, ranks: Ints) -> Floats:
+    """What a positive at these ranks (from 1) is worth: 1 at rank 1, never more further down.
+
+    ``ndcg_K``: 1 / log2(rank + 1), Jarvelin and Kekalainen 2002 with the discount in use since
+    Burges et al. 2005.
+
+    Raises:
+        MetricError: no metric has this name.
+    """
+    kind, k = _parsed(name)
+    worth = {"ndcg": 1 / np.log2(1.0 + ranks), "mrr": 1.0 / ranks}.get(kind, np.ones(ranks.shape))
+    return worth if k is None else np.where(ranks <= k, worth, 0.0)
+
+
+def _parsed(name: str) -> tuple[str, int | None]:
+    """Kind and cut-off of a metric."""
+    if not (match := _NAME.fullmatch(name)):
+        raise MetricError(
+            f"no metric {name!r}; valid: hr_K, recall_K, ndcg_K, mrr and mrr_K with K = 1, 2, ..., "
+            f"such as {', '.join(METRICS)}"
+        )
+    return match[1], int(match[2]) if match[2] else None
 
 
 def per_target(name: str, ranks: Ranks) -> Floats:
     """Expected value of one metric for every target, in the shape of ``ranks``.
 
-    Args:
-        name: ``hr_1``, ``hr_10``, ``ndcg_10`` or ``mrr``.
+    Raises:
+        MetricError: no metric has this name.
     """
-    gains = GAINS[name](np.arange(1.0, ranks.last.max(initial=1) + 1))
-    sums = np.concatenate([[0.0], np.cumsum(gains)])
+    worth = gains(name, np.arange(1, ranks.last.max(initial=1) + 1))
+    sums = np.concatenate([[0.0], np.cumsum(worth)])
     width = ranks.last - ranks.first + 1
     tied = (sums[ranks.last] - sums[ranks.first - 1]) / width
-    return np.where(width == 1, gains[ranks.first - 1], tied)
+    return np.where(width == 1, worth[ranks.first - 1], tied)
 
 
-def summarise(ranks: Ranks) -> dict[str, float]:
+def per_list(name: str, ranks: Ranks, present: Bools | None = None) -> Floats:
+    """Expected value of one metric for every list with several positives.
+
+    As LightGCN's evaluation (He et al. 2020, Section 4.1) has them, with ties by expectation:
+    ``recall_K`` is the share of the positives among the first K, ``ndcg_K`` their DCG over that of
+    min(positives, K) at the top, ``hr_K`` whether any is among the first K, ``mrr`` and ``mrr_K``
+    one over the rank of the best. Positives of one tie group are never at the same place: the best
+    of them follows the negative hypergeometric distribution.
+
+    Args:
+        ranks: of a list's positives among all its items, each other included, as ``rank_all`` has
+            them. [users, positives]
+        present: which of them exist, where lists have different numbers. [users, positives]
+
+    Returns:
+        One value for each list. [users]
+
+    Raises:
+        MetricError: no metric has this name, a list has no positive, or more of them share a range
+            of ranks than it has places (they were ranked without each other).
+    """
+    kind = _parsed(name)[0]
+    present = np.ones(ranks.first.shape, bool) if present is None else present
+    positives = np.count_nonzero(present, axis=1)
+    if not positives.all():
+        raise MetricError(f"list {np.argmin(positives)} has no positive")
+    first = np.where(present, ranks.first, np.iinfo(np.int64).max)
+    best, lists = np.argmin(first, axis=1), np.arange(len(first))
+    top = Ranks(ranks.first[lists, best], ranks.last[lists, best])
+    tied = np.count_nonzero(first == top.first[:, None], axis=1)
+    if (crowded := tied > top.last - top.first + 1).any():
+        at = np.argmax(crowded)
+        raise MetricError(
+            f"list {at}: {tied[at]} positives share ranks {top.first[at]} to {top.last[at]}; rank "
+            "each among all items, the other positives included"
+        )
+    if kind in ("hr", "mrr"):
+        return _best_of(gains(name, np.arange(1, top.last.max(initial=1) + 1)), top, tied)
+    filled = Ranks(*(np.where(present, r, 1) for r in (ranks.first, ranks.last)))
+    total: Floats = np.where(present, per_target(name, filled), 0.0).sum(axis=1)
+    ideal = np.cumsum(gains(name, np.arange(1, positives.max(initial=1) + 1)))
+    most: Floats = ideal[positives - 1] if kind == "ndcg" else positives.astype(np.float64)
+    return total / most
+
+
+def _best_of(worth: Floats, top: Ranks, tied: Ints) -> Floats:
+    """Expected worth of the best of ``tied`` positives that share the places of ``top``. [users]"""
+    # A collapsed encoder ties whole catalogues, but for every user alike: each case once.
+    cases, of_list = np.unique([top.first, top.last, tied], axis=1, return_inverse=True)
+    first, last, tied = cases
+    value, missed = np.zeros(len(tied)), np.ones(len(tied))
+    left, step = np.arange(len(tied)), 0
+    while len(left):
+        # The first positive is at this place, if at none before; 1 where only positives are left.
+        hit = tied[left] / (last[left] - first[left] + 1 - step)
+        value[left] += missed[left] * hit * worth[first[left] - 1 + step]
+        missed[left] *= 1 - hit
+        step += 1
+        left = left[missed[left] > 0]
+        left = left[worth[first[left] - 1 + step] > 0]  # others are beyond the cut-off
+    return value[of_list.ravel()]
+
+
+def summarise(ranks: Ranks, metrics: Sequence[str] = METRICS) -> dict[str, float]:
     """Mean over targets of every metric, and ``tie_gap``.
 
     ``tie_gap`` is the largest difference, over the metrics, between the means with all ties broken
     for and against the positive: 0 without ties.
+
+    Raises:
+        MetricError: no metric has such a name.
     """
-    row = {name: float(per_target(name, ranks).mean()) for name in GAINS}
+    row = {name: float(per_target(name, ranks).mean()) for name in metrics}
     best, worst = ranks.optimistic, ranks.pessimistic
     row["tie_gap"] = max(
-        float((per_target(name, best) - per_target(name, worst)).mean()) for name in GAINS
+        float((per_target(name, best) - per_target(name, worst)).mean()) for name in metrics
     )
     return row
+
+
+# --- intervals ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -142,21 +301,90 @@ class Interval:
     """Standard deviation of the resampled means."""
 
 
-def bootstrap(
-    values: NDArray[np.floating[Any]], n_boot: int = 1000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Mean over all values, with users resampled: a user's targets go together.
+def bootstrap(values: Values, n_boot: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
+    """Mean over all targets, with users resampled: a user's targets go together.
+
+    The percentile interval (Efron and Tibshirani 1993, Chapter 13). Memory is a few numbers a
+    user, whatever ``n_boot``; 100,000 users and 1,000 draws take one or two seconds.
 
     Args:
-        values: [users] or [users, targets]
         level: of the interval, between percentiles of the resampled means.
+
+    Raises:
+        MetricError: there are no users, or one without targets, or a value is not finite, or
+            ``level`` is not between 0 and 1, or there are fewer than two draws.
     """
-    of_user = np.asarray(values, np.float64).reshape(len(values), -1).mean(axis=1)
+    sums, counts = _by_user(values)
+    if not 0 < level < 1 or n_boot < 2:
+        raise MetricError(f"level = {level}, n_boot = {n_boot}; valid: 0 < level < 1, n_boot >= 2")
     draws = np.random.default_rng(seed)
-    n = len(of_user)
-    means = np.array([of_user[draws.integers(0, n, n)].mean() for _ in range(n_boot)])
+    n, means = len(sums), np.empty(n_boot)
+    for draw in range(n_boot):
+        chosen = draws.integers(0, n, n)
+        means[draw] = sums[chosen].sum() / counts[chosen].sum()
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(of_user.mean()), float(low), float(high), float(means.std(ddof=1)))
+    mean = sums.sum() / counts.sum()
+    return Interval(float(mean), float(low), float(high), float(means.std(ddof=1)))
+
+
+def paired(
+    a: Values, b: Values, n_boot: int = 1000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Mean of ``a`` less that of ``b``, two systems on the same targets of the same users.
+
+    What makes a user easy for both cancels, so the interval is narrower than those of the two.
+
+    Raises:
+        MetricError: as ``bootstrap``, or users or their numbers of targets differ.
+    """
+    (sums, counts), (others, expected) = _by_user(a), _by_user(b)
+    if not np.array_equal(counts, expected):
+        raise MetricError(
+            f"{len(counts):,} users with {int(counts.sum()):,} targets beside {len(expected):,} "
+            f"with {int(expected.sum()):,}; pair the same targets of the same users"
+        )
+    return bootstrap((sums - others, counts), n_boot, seed, level)
+
+
+def _by_user(values: Values) -> tuple[Floats, Ints]:
+    """Sum over each user's targets, and their number. [users]"""
+    if isinstance(values, tuple):
+        sums, counts = np.asarray(values[0], np.float64), np.asarray(values[1], np.int64)
+    else:
+        table = np.asarray(values, np.float64)
+        table = table[:, None] if table.ndim == 1 else table
+        sums, counts = table.sum(axis=1), np.full(len(table), table.shape[1])
+    if not len(sums) or sums.shape != counts.shape or counts.min() < 1:
+        raise MetricError(
+            f"values of shape {sums.shape} with {counts.shape} numbers of targets, the least "
+            f"{counts.min(initial=0)}; valid: one user or more, each with a target"
+        )
+    if not np.isfinite(sums).all():
+        raise MetricError(f"values: those of user {np.argmin(np.isfinite(sums))} are not finite")
+    return sums, counts
+
+
+# --- possible tables ------------------------------------------------------------------------------
+
+
+def lint_table(
+    rows: Iterable[Mapping[str, Any]], *, candidates: int = 101, tolerance: float = 5e-5
+) -> dict[int, list[str]]:
+    """Rows of a table that no ranking has: the messages of ``lint_metrics`` by position of the row.
+
+    Args:
+        rows: columns named as metrics are checked together, unless they are None or NaN; a column
+            ``candidates`` holds for its row. Other columns may be anything.
+        candidates: of rows that do not say it.
+        tolerance: half a unit of the last printed digit.
+    """
+    found = {}
+    for at, row in enumerate(rows):
+        means = {k: v for k, v in row.items() if _NAME.fullmatch(k) and v is not None and v == v}
+        among = int(row.get("candidates", candidates))
+        if problems := lint_metrics(means, candidates=among, tolerance=tolerance):
+            found[at] = problems
+    return found
 
 
 def lint_metrics(
@@ -166,50 +394,53 @@ def lint_metrics(
 
     Means of rank metrics are linear in the distribution of ranks, so a row is possible if and only
     if a linear programme over that distribution is feasible. This contains
-    HR@1 <= NDCG@10 <= HR@10 and every other such inequality.
+    HR@1 <= NDCG@10 <= HR@10 and every other such inequality. Means over lists with several
+    positives are not bound by it.
 
     Args:
-        row: reported means by metric (a subset of ``hr_1 hr_10 ndcg_10 mrr``).
+        row: reported means by metric.
         tolerance: half a unit of the last printed digit.
 
     Returns:
-        One message per metric that lies outside the range the others leave it; empty if possible.
+        One message for each metric, with the range the others leave it; empty if possible.
+
+    Raises:
+        MetricError: no metric has such a name.
     """
-    reported = {name: float(row[name]) for name in GAINS if name in row}
+    # Beyond the last cut-off only MRR tells ranks apart, and its ends there span all between.
+    told_apart = max((_parsed(name)[1] or 0 for name in row), default=0) + 1
+    ranks = np.union1d(np.arange(1, min(told_apart, candidates) + 1), [candidates])
+    if _least(np.zeros(len(ranks)), row, ranks, tolerance) is not None:
+        return []
     problems = []
-    for name, value in reported.items():
-        others = {k: v for k, v in reported.items() if k != name}
+    for name, value in row.items():
+        others = {k: v for k, v in row.items() if k != name}
         given = ", ".join(f"{k} = {v:g}" for k, v in others.items())
-        bounds = _range_given(name, others, candidates, tolerance)
-        if bounds is None:
+        low = _least(gains(name, ranks), others, ranks, tolerance)
+        high = _least(-gains(name, ranks), others, ranks, tolerance)
+        if low is None or high is None:
             problems.append(f"{given} are impossible together")
-        elif not bounds[0] - tolerance <= value <= bounds[1] + tolerance:
+        else:
             problems.append(
-                f"{name} = {value:g} is outside [{bounds[0]:.4f}, {bounds[1]:.4f}]"
+                f"{name} = {value:g} is outside [{low:.4f}, {-high:.4f}]"
                 + (f" given {given}" if given else "")
             )
     return problems
 
 
-def _range_given(
-    name: str, others: Mapping[str, float], candidates: int, tolerance: float
-) -> tuple[float, float] | None:
-    """Least and greatest mean of a metric over rank distributions with these other means."""
-    ranks = np.arange(1.0, candidates + 1)
-    rows = [sign * GAINS[k](ranks) for k in others for sign in (1, -1)]
-    limits = [sign * v + tolerance for v in others.values() for sign in (1, -1)]
-    ends = []
-    for sign in (1, -1):
-        solution = linprog(
-            sign * GAINS[name](ranks),
-            A_ub=np.array(rows) if rows else None,
-            b_ub=np.array(limits) if limits else None,
-            A_eq=np.ones((1, candidates)),
-            b_eq=np.ones(1),
-            bounds=(0, 1),
-            method="highs",
-        )
-        if solution.fun is None:
-            return None
-        ends.append(sign * float(solution.fun))
-    return ends[0], ends[1]
+def _least(
+    worth: Floats, means: Mapping[str, float], ranks: Ints, tolerance: float
+) -> float | None:
+    """Least mean worth over distributions of ranks with these means; None if none has them."""
+    rows = np.array([gains(name, ranks) for name in means]).reshape(-1, len(ranks))
+    values = np.fromiter(means.values(), np.float64)
+    solution = linprog(
+        worth,
+        A_ub=np.concatenate([rows, -rows]),
+        b_ub=np.concatenate([values + tolerance, tolerance - values]),
+        A_eq=np.ones((1, len(ranks))),
+        b_eq=np.ones(1),
+        bounds=(0, 1),
+        method="highs",
+    )
+    return None if solution.fun is None else float(solution.fun)
