@@ -378,6 +378,8 @@ def _ended(facts: Facts, cause: str, evidence: str, known: dict[str, Any]) -> Ve
         return Verdict(State.PLANNED, cause=cause, evidence=evidence, start=True, **known)
     if cause == "cancelled":
         return Verdict(State.CANCELLED, cause=cause, evidence=evidence, **known)
+    if cause == "done":  # and evaluations were declared since
+        return Verdict(State.PLANNED, start=True, **known)
     limit = FRUITLESS_LIMIT.get(cause, 0)
     count = fruitless(facts)
     start = count < limit

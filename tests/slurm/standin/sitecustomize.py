@@ -11,7 +11,11 @@ import os
 import sys
 from pathlib import Path
 
-STANDINS = {"scaling.train.loop": "loop.py", "scaling.data.corpus": "corpus.py"}
+STANDINS = {
+    "scaling.train.loop": "loop.py",
+    "scaling.data.corpus": "corpus.py",
+    "scaling.transfer.evaluate": "evaluate.py",
+}
 
 
 class _Finder(importlib.abc.MetaPathFinder):

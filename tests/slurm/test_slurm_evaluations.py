@@ -1,0 +1,240 @@
+"""Runs that a sweep wants evaluated downstream: over only when they are, whatever dies meanwhile.
+
+Real jobs against the fake Slurm, with stand-ins for training and for evaluation (``standin``).
+"""
+
+import json
+
+import pytest
+from scenario import states, whole
+
+from scaling.config import ConfigError, Evaluation
+from scaling.rundir import RunDir
+from scaling.slurm import sync
+from scaling.slurm.cancel import cancel
+from scaling.slurm.state import Facts, Snapshot, State, derive
+from scaling.slurm.status import read_facts
+
+
+def evaluation(task, **changes):
+    fields = {"corpus_digest": "c" * 16, "task": task, "task_digest": "t" * 16}
+    return Evaluation(**fields | changes)
+
+
+@pytest.fixture
+def wanted():
+    return [evaluation("food"), evaluation("kitchen")]
+
+
+@pytest.fixture
+def runs(make_runs, wanted):
+    found = make_runs(1, steps=4)
+    for run in found:
+        run.want(wanted)
+    return found
+
+
+def evaluated(run):
+    """Tasks whose evaluation began, in their order."""
+    path = run.path / "evaluated.log"
+    return path.read_text().split() if path.exists() else []
+
+
+def evaluate_how(root, **settings):
+    (root / "evaluation.json").write_text(json.dumps(settings))
+
+
+def over(run):
+    """Trained once, by one start, and evaluated."""
+    return run.over() and run.generations() == [1] and whole(run)
+
+
+def test_a_job_trains_and_then_evaluates(root, runs, fake_slurm, slurm_profile):
+    (row,) = sync.submit(root, runs, slurm_profile, sweep="s")
+    assert (row["evaluated"], row["wanted"]) == (None, None)  # of a run that is not trained
+    assert fake_slurm.finish() == [0]
+    (run,) = runs
+    assert evaluated(run) == ["food", "kitchen"]
+    assert over(run)
+    (row,) = sync.sync(root, runs, slurm_profile, sweep="s")
+    assert (row["state"], row["evaluated"], row["wanted"], row["over"]) == ("DONE", 2, 2, True)
+    assert run.attempts()[0].end["class"] == "done"
+    assert sync.submit(root, runs, slurm_profile, sweep="s")[0]["action"] is None
+    assert "evaluating food-" in next(run.root.glob("sweeps/s/chunks/*/*_0_log.out")).read_text()
+
+
+def test_a_task_that_is_added_later_is_evaluated_without_training(
+    root, runs, fake_slurm, slurm_profile
+):
+    (run,) = runs
+    sync.submit(root, runs, slurm_profile, sweep="s")
+    fake_slurm.finish()
+    run.want([evaluation("books")])
+    assert not run.over()
+    assert run.evaluations()[0] == 3
+    (seen,) = sync.preview(root, [run.spec()], slurm_profile, sweep="s").rows
+    assert seen["action"] == "submit"
+    sync.submit(root, runs, slurm_profile, sweep="s")
+    assert run.attempts()[1].intent["missing"] == 1
+    assert fake_slurm.finish() == [0]
+    assert evaluated(run) == ["food", "kitchen", "books"]
+    assert over(run)
+    # Some that nobody has declared yet would be, by a submission that is only tried.
+    more = sync.preview(root, [run.spec()], slurm_profile, sweep="s", wanted=["films-aaaaaaaa"])
+    assert [r["action"] for r in more.rows] == ["submit"]
+    assert run.over()
+
+
+@pytest.mark.parametrize("place", ["food", "kitchen"])
+def test_a_job_that_dies_while_it_evaluates_is_repeated(
+    root, runs, fake_slurm, slurm_profile, place
+):
+    (run,) = runs
+    evaluate_how(root, kill_at=place)
+    sync.submit(root, runs, slurm_profile, sweep="s")
+    assert fake_slurm.finish() != [0]
+    assert run.result()["status"] == "done"
+    (row,) = sync.sync(root, runs, slurm_profile, sweep="s")
+    assert (row["state"], row["action"], row["step"]) == ("QUEUED", "submit", 4)
+    evaluate_how(root)
+    assert fake_slurm.finish() == [0]
+    assert over(run)
+    # It died between the result and the first record, or between the first and the second.
+    assert (
+        evaluated(run)
+        == {
+            "food": ["food", "food", "kitchen"],
+            "kitchen": ["food", "kitchen", "kitchen"],
+        }[place]
+    )
+
+
+def test_it_is_given_up_after_some_tries_without_a_new_record(
+    root, runs, fake_slurm, slurm_profile
+):
+    (run,) = runs
+    evaluate_how(root, kill_at="kitchen")
+    sync.submit(root, runs, slurm_profile, sweep="s")
+    tries = 0
+    while fake_slurm.finish():
+        tries += 1
+        (row,) = sync.sync(root, runs, slurm_profile, sweep="s")
+    # The first try trained and evaluated one task: what follows is without progress.
+    assert tries == 3
+    assert (row["state"], row["cause"], row["over"]) == ("FAILED", "crashed", True)
+    assert (row["evaluated"], row["wanted"]) == (1, 2)
+    evaluate_how(root)
+    sync.submit(root, runs, slurm_profile, sweep="s", retry_failed=True, new_code=True)
+    assert fake_slurm.finish() == [0]
+    assert over(run)
+
+
+def test_preempted_while_it_evaluates_it_goes_on_with_what_is_missing(
+    root, runs, fake_slurm, slurm_profile
+):
+    (run,) = runs
+    evaluate_how(root, stop_at="kitchen")
+    sync.submit(root, runs, slurm_profile, sweep="s")
+    assert fake_slurm.run(0) == 0
+    job = fake_slurm.jobs()[0]
+    assert (job["state"], job["restart"]) == ("PENDING", 1)
+    assert run.attempts()[0].end is None
+    evaluate_how(root)
+    assert fake_slurm.run(0) == 0
+    assert evaluated(run) == ["food", "kitchen", "kitchen"]
+    assert over(run)
+    assert len(run.attempts()) == 1
+
+
+def test_an_evaluation_that_fails_by_itself_is_told_and_the_training_stays(
+    root, runs, fake_slurm, slurm_profile
+):
+    (run,) = runs
+    evaluate_how(root, error="task 'food': the encoder's features hold NaN")
+    sync.submit(root, runs, slurm_profile, sweep="s")
+    assert fake_slurm.finish() == [1]
+    (row,) = sync.sync(root, runs, slurm_profile, sweep="s")
+    assert (row["state"], row["cause"], row["over"]) == ("FAILED", "error", True)
+    assert "features hold NaN" in row["evidence"]
+    assert (row["loss"], row["evaluated"]) == (run.result()["loss"], 0)
+    assert run.result()["status"] == "done"
+    evaluate_how(root)
+    sync.submit(root, runs, slurm_profile, sweep="s", retry_failed=True, new_code=True)
+    assert fake_slurm.finish() == [0]
+    assert over(run)
+
+
+def test_a_run_that_diverged_is_not_evaluated(root, make_runs, wanted, fake_slurm, slurm_profile):
+    (run,) = make_runs(1, steps=4, diverge_at=3)
+    run.want(wanted)
+    sync.submit(root, [run], slurm_profile, sweep="s")
+    assert fake_slurm.finish() == [0]
+    (row,) = sync.sync(root, [run], slurm_profile, sweep="s")
+    assert (row["state"], row["over"]) == ("DIVERGED", True)
+    assert evaluated(run) == []
+    assert run.over()
+
+
+def test_two_logins_submit_one_job(root, runs, fake_slurm, slurm_profile, monkeypatch):
+    (run,) = runs
+    sync.submit(root, runs, slurm_profile, sweep="s")
+    fake_slurm.finish()
+    run.want([evaluation("books")])
+    choose = sync._choose
+
+    def meanwhile(*args, **kwargs):
+        chosen = choose(*args, **kwargs)
+        monkeypatch.setattr(sync, "_choose", choose)
+        sync.submit(root, [RunDir(root, run.run_key)], slurm_profile, sweep="s")
+        return chosen
+
+    monkeypatch.setattr(sync, "_choose", meanwhile)
+    sync.submit(root, runs, slurm_profile, sweep="s")
+    assert len(fake_slurm.jobs()) == 2
+    assert fake_slurm.finish() == [0]
+    assert evaluated(run) == ["food", "kitchen", "books"]
+
+
+def test_cancelled_while_it_waits_for_its_evaluation(root, runs, fake_slurm, slurm_profile):
+    (run,) = runs
+    evaluate_how(root, kill_at="food")
+    sync.submit(root, runs, slurm_profile, sweep="s")
+    fake_slurm.finish()
+    sync.sync(root, runs, slurm_profile, sweep="s")
+    assert cancel(runs) == [run.run_key]
+    (row,) = sync.sync(root, runs, slurm_profile, sweep="s")
+    assert (row["state"], row["over"], row["evaluated"]) == ("CANCELLED", True, 0)
+    assert run.result()["status"] == "done"
+    evaluate_how(root)
+    sync.submit(root, runs, slurm_profile, sweep="s", retry_failed=True, new_code=True)
+    assert fake_slurm.finish() == [0]
+    assert over(run)
+
+
+def test_a_run_trained_by_hand_is_evaluated_by_the_sweep(root, runs, fake_slurm, slurm_profile):
+    (run,) = runs
+    generation = run.start_generation({"resumed_from": 0, "world_size": 1})
+    result = {"status": "done", "step": 4, "loss": 1.0, "train_loss": 1.0, "world_size": 1}
+    run.write_result(generation, result)
+    assert states(sync.submit(root, runs, slurm_profile, sweep="s")) == ["QUEUED"]
+    assert fake_slurm.finish() == [0]
+    assert evaluated(run) == ["food", "kitchen"]
+    assert run.generations() == [1]
+
+
+def test_facts_of_a_trained_run_that_lacks_some(runs, wanted):
+    (run,) = runs
+    assert run.wanted() == wanted
+    run.want(wanted)  # doing it again changes nothing
+    assert run.evaluations() == (2, [e.key for e in wanted])
+    assert not run.over()
+    facts = read_facts(run)
+    assert (facts.status, facts.wanted, facts.missing) == (None, 0, 0)
+    missing = Facts(run.run_key, "done", 4, steps=4, wanted=2, missing=2)
+    assert derive(missing, Snapshot(), 0.0).state is State.PLANNED
+    assert derive(missing, Snapshot(), 0.0).start
+    done = Facts(run.run_key, "done", 4, steps=4, wanted=2, missing=0, newest=3)
+    assert derive(done, Snapshot(), 0.0).state is State.DONE
+    (run.path / "transfer" / "wanted" / f"{wanted[0].key}.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"corpus_digest.* is missing"):
+        run.wanted()
