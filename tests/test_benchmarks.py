@@ -195,3 +195,43 @@ def test_gpu_keeps_what_it_has_when_time_is_up(tmp_path):
     assert (found["cut_off"], list(found["skipped"])) == ("compiled", ["largest"])
     assert found["product"]
     assert found["mfu_d720"] is None
+
+
+@pytest.fixture
+def metrics():
+    for name in ("ranx", "torchmetrics"):
+        if importlib.util.find_spec(name) is None:
+            missing(f"{name} is not installed")
+    return load("metrics")
+
+
+@pytest.mark.slow
+def test_metrics(metrics):
+    call = [sys.executable, BENCHMARKS / "metrics.py", "--quick", "--json"]
+    done = subprocess.run(
+        [*call, "--users", "400", "--turns", "2"], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert all(0 < found[k] < np.inf for k in ("ranks_100k_s", "over_torchmetrics", "over_ranx"))
+    assert found["users"] == {"ours": 400, "ranx, arrays": 400, "torchmetrics": 100}
+    for name in metrics.METRICS:
+        on_logits = {side: values[name] for side, values in found["values"]["logits"].items()}
+        assert on_logits["ranx, arrays"] == pytest.approx(on_logits["ours"], abs=1e-9)
+        # A positive at or below 0 has no reciprocal rank there.
+        assert (on_logits["torchmetrics"] < on_logits["ours"] - 1e-3) == (name == "mrr")
+    ties = {side: values["ndcg_10"] for side, values in found["values"]["counts"].items()}
+    assert ties["torchmetrics"] == pytest.approx(ties["ours"], abs=1e-5)  # both by expectation
+    assert abs(ties["ranx, arrays"] - ties["ours"]) > 0.01
+    text = metrics.table(found)
+    assert "drops positives with a score <= 0" in text
+
+
+def test_metrics_stops_where_a_side_is_wrong_in_another_way_than_is_known(metrics):
+    values = dict.fromkeys(metrics.METRICS, 0.5)
+    known = {"ours": values, "torchmetrics": {**values, "mrr": 0.4}}
+    metrics.same(known, values, dropped=0.4)
+    with pytest.raises(SystemExit, match=r"torchmetrics: mrr is 0.500000, not 0.400000"):
+        metrics.same({**known, "torchmetrics": values}, values, dropped=0.4)
+    wrong = {**known, "ranx, arrays": {**values, "hr_10": np.nan}}
+    with pytest.raises(SystemExit, match=r"ranx, arrays: hr_10 is nan, not 0.500000"):
+        metrics.same(wrong, values, dropped=0.4)

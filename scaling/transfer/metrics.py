@@ -321,7 +321,7 @@ def bootstrap(values: Values, n_boot: int = 1000, seed: int = 0, level: float = 
     n, means = len(sums), np.empty(n_boot)
     for draw in range(n_boot):
         chosen = draws.integers(0, n, n)
-        means[draw] = sums[chosen].sum() / counts[chosen].sum()
+        means[draw] = sums.take(chosen).sum() / counts.take(chosen).sum()
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     mean = sums.sum() / counts.sum()
     return Interval(float(mean), float(low), float(high), float(means.std(ddof=1)))
