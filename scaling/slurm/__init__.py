@@ -7,6 +7,7 @@
     sync.py         the only driver: what gets a new attempt, again and again
     submission.py   intent -> sbatch (or a local process) -> submit hint
     launcher.py     what submitit does of that: job scripts, arrays, processes
+    array.py        an array of any command of ours
     cancel.py       marks, then the jobs
     job.py          what runs on the nodes: checks, rank environment, training, end record
     claims.py       which job may write; pure where it decides
