@@ -65,7 +65,7 @@ def towers_of(system: str, context: Context, encoder: Any, cap: int) -> Towers:
         items = item_features(encoder, context.corpus, problem.catalogue)
         return HeadTowers("u-mlp", Features(np.column_stack([users, present]), items), [split], [0])
     if system == "lightgcn":
-        return lightgcn.LightGCN(problem, split, context.texts)
+        return lightgcn.LightGCN(problem, problem.known(split), context.texts)
     if system == "deepfm":
         return deepfm.DeepFM(problem, split, context.texts)
     config = bst.LARGE if system == "bst-15m" else bst.SMALL

@@ -65,6 +65,8 @@ class ByVectors:
     """Items that have vectors, ascending. [m]"""
     validation_loss: float
     """``pair_loss`` of the fold's validation examples. [nats]"""
+    before: torch.Tensor | None = None
+    """Vectors of ``examples`` by what is before their targets, where ``users`` know more. [n, k]"""
     losses: bool = True
 
     def pairs(self, examples: Ints, rows: Ints) -> Scores:

@@ -16,8 +16,10 @@ from scaling.data.corpus import Corpus
 from scaling.data.tasks import Task
 from scaling.transfer.baselines import Context, bst, deepfm
 from scaling.transfer.baselines.evaluate import HYBRID, SYSTEMS, evaluate_baselines, vectors_beside
+from scaling.transfer.baselines.lightgcn import LightGCN
 from scaling.transfer.metrics import METRICS, rank, summarise
 from scaling.transfer.problem import Problem, TransferError, pose
+from scaling.transfer.scoring import ByVectors
 from scaling.transfer.towers import TowerSettings
 
 QUICK = [s for s in SYSTEMS if s != "bst-15m"]
@@ -185,6 +187,32 @@ def test_baselines_are_computed_once(corpus: Corpus, monkeypatch: pytest.MonkeyP
     )
     with pytest.raises(TransferError, match="'best': there is none; valid: popularity, "):
         evaluate_baselines(root, corpus, "books", ["best"])
+
+
+def test_vectors_for_the_hybrid_do_not_tell_of_any_target(corpus: Corpus) -> None:
+    """Not even of those that the system was trained on, which a head would rely on in vain."""
+    problem = pose(corpus, Task.open(corpus, "books"))
+    split = problem.split(0, 5)
+    found = SYSTEMS["lightgcn"](Context(corpus, problem), split, 0)
+    assert isinstance(found, ByVectors)
+    assert found.before is not None
+    # Training examples are met with their targets in the graph, all others without.
+    known = (found.users - found.before).abs().amax(1).numpy() > 1e-4
+    assert known[split.train].mean() > 0.9
+    # A projection of the history's texts and the graph of histories alone make them.
+    example = int(split.train[0])
+    fewer = replace(problem, candidates=np.roll(problem.candidates, 1, axis=0))
+    towers = LightGCN(problem, _histories(problem), Context(corpus, problem).texts)
+    again = LightGCN(fewer, _histories(fewer), Context(corpus, fewer).texts)
+    again.load_state_dict(towers.state_dict())
+    for one in (towers, again):
+        one.refresh()
+    torch.testing.assert_close(towers.nodes[example], again.nodes[example], rtol=0, atol=0)
+
+
+def _histories(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    offsets, items = problem.history
+    return np.repeat(np.arange(len(problem.user)), np.diff(offsets)), items
 
 
 @pytest.mark.slow

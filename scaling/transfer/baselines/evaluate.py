@@ -103,8 +103,8 @@ def vectors_beside(
     evaluation: Evaluation,
     tell: Callable[[float], None],
 ) -> NDArray[np.float32]:
-    """User vectors of the better of ``HYBRID`` by validation loss, of each replica its own.
-    [replicas, examples, k]"""
+    """User vectors of the better of ``HYBRID`` by validation loss, of each replica its own and
+    none of them by its targets. [replicas, examples, k]"""
     study = _Study(root, corpus, task, problem, evaluation.folds, evaluation.seeds)
     losses = {s: float(study.record(s, tell)["validation_loss"]) for s in HYBRID}
     return study.vectors(min(losses, key=losses.__getitem__))
@@ -153,7 +153,8 @@ class _Study:
             else None,
         }
         if system in HYBRID:
-            self._write_vectors(system, np.stack([s.users.cpu().numpy() for s in learnt]))
+            vectors = [s.users if s.before is None else s.before for s in learnt]
+            self._write_vectors(system, np.stack([v.cpu().numpy() for v in vectors]))
             record["vectors"] = sha256(self._path(system, "npy"))
         table = per_user_table(self.problem, self.task.keys, outcome)
         write_per_user(self._path(system, "parquet"), table)

@@ -11,12 +11,14 @@ published. Both are trained by the loop and the loss of all systems here, where 
 """
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from scaling.data.batches import latest
 from scaling.transfer.baselines import Context
 from scaling.transfer.problem import Problem, Split
 from scaling.transfer.scoring import ByVectors, fitted_vectors
@@ -83,9 +85,15 @@ class LightGCN(Towers):
 
     nodes: Tensor
 
-    def __init__(self, problem: Problem, split: Split, texts: NDArray[np.float32] | None) -> None:
+    def __init__(
+        self, problem: Problem, logs: tuple[Ints, Ints], texts: NDArray[np.float32] | None
+    ) -> None:
+        """
+        Args:
+            logs: examples and items that are joined. [logs], [logs]
+        """
         super().__init__()
-        users, items = problem.known(split)
+        users, items = logs
         self.n_users, n_items = len(problem.user), len(problem.catalogue)
         self.matrix = normalised_graph(users, items, self.n_users, n_items)
         if texts is None:
@@ -132,7 +140,20 @@ def _fit(
     texts: NDArray[np.float32] | None,
     settings: TowerSettings,
 ) -> ByVectors:
+    problem = context.problem
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        towers = LightGCN(context.problem, split, texts)
-    return fitted_vectors(context.problem, fit(towers, context.problem, [split], [seed], settings))
+        towers = LightGCN(problem, problem.known(split), texts)
+    fitted = fit(towers, problem, [split], [seed], settings)
+    found = fitted_vectors(problem, fitted)
+    if texts is None:
+        return found
+    # A training example is joined with its targets, which its vector then tells of. Whatever learns
+    # from these vectors must meet all examples as those that are served: by their histories alone.
+    examples = np.arange(len(problem.user))
+    lengths, items = latest(*problem.history, examples, np.iinfo(np.int64).max)
+    before = LightGCN(problem, (np.repeat(examples, lengths), items), texts)
+    before.load_state_dict(towers.state_dict())
+    with torch.no_grad():
+        before.refresh()
+        return replace(found, before=before.user(torch.from_numpy(examples)))
