@@ -6,6 +6,8 @@ metric and any interval can be taken from it later.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from scaling.data.task_forms import SEGMENTS
+from scaling.files import write_bytes
 from scaling.transfer.metrics import (
     METRICS,
     Ranks,
@@ -214,12 +217,8 @@ def per_user_table(problem: Problem, keys: NDArray[np.uint64], outcome: Outcome)
     return pa.table(columns)
 
 
-def write_per_user(path: Any, table: pa.Table) -> None:
+def write_per_user(path: Path, table: pa.Table) -> None:
     """Write a table of ``per_user_table`` whole."""
-    from io import BytesIO
-
-    from scaling.files import write_bytes
-
     buffer = BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     write_bytes(path, buffer.getbuffer())

@@ -8,6 +8,7 @@ They depend on a task and on nothing of a run, so they are computed once:
 """
 
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,6 @@ class _Study:
         return found
 
     def _write_vectors(self, system: str, found: NDArray[np.float32]) -> None:
-        from io import BytesIO
-
         buffer = BytesIO()
         np.save(buffer, found, allow_pickle=False)
         write_bytes(self._path(system, "npy"), buffer.getbuffer())
