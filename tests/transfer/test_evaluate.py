@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from scaling.config import Evaluation, ModelConfig, RunConfig, TrainSettings, TransferSettings
+from scaling.data import tokenizer
 from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.prepare import prepare
 from scaling.data.tasks import Task
@@ -21,6 +22,8 @@ from scaling.train.loop import train
 from scaling.transfer import scoring
 from scaling.transfer.declared import evaluations, fit_tasks
 from scaling.transfer.evaluate import evaluate
+from scaling.transfer.features import item_features
+from scaling.transfer.foreign import as_seen_by
 from scaling.transfer.metrics import METRICS
 from scaling.transfer.problem import TransferError
 
@@ -288,3 +291,38 @@ def test_metrics_that_no_ranking_has_are_refused(
     )
     with pytest.raises(TransferError, match=r"clue/u-mlp on 'books': .*hr_10"):
         evaluate(run, corpus, wanted(corpus, "books"))
+
+
+def test_a_corpus_that_the_encoder_never_saw(
+    tiny_corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tiny_corpus(users=200)
+    corpus = Corpus.open(next((root / "corpora").glob("tiny-*")))
+    text = (root / "tiny.toml").read_text()
+    for ours, theirs in (('name = "tiny"', 'name = "other"'), ("= 320", "= 270")):
+        text = text.replace(ours, theirs)
+    foreign = (
+        '[tasks.theirs]\nservice = "books"\nusers = "all"\nencoders = "foreign"\nnegatives = 5\n'
+    )
+    (root / "other.toml").write_text(text + foreign)
+    other = Corpus.open(prepare(root / "other.toml", root))
+    run = untrained(corpus, monkeypatch)
+    both = wanted(corpus, "books", "other:theirs")
+    assert [e.corpus_digest for e in both] == [corpus.card.digest, other.card.digest]
+    rows = evaluate(run, corpus, both)
+    assert rows[1]["n_users"] == Task.open(other, "theirs").n_users > rows[0]["n_users"]
+    # A text has the same features whichever corpus has it: it is read by the encoder's tokenizer.
+    model = build(configure(corpus).model, corpus.card.vocab_size).eval()
+    features = []
+    for one in (corpus, other):
+        items = one.service_items("books")
+        own = tokenizer.load(one.path / "tokenizer.json")
+        bounds = [one.token_offsets[i : i + 2].astype(int) for i in items]
+        texts = own.decode_batch([one.tokens[a + 1 : b].tolist() for a, b in bounds])
+        seen = item_features(model, as_seen_by(one, corpus), items)
+        features.append(dict(zip(texts, seen, strict=True)))
+    mine, theirs = features
+    assert len(mine) > 50
+    assert mine.keys() == theirs.keys()
+    for text in mine:
+        np.testing.assert_allclose(mine[text], theirs[text], atol=1e-5)
