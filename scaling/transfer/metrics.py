@@ -95,8 +95,8 @@ def rank_all(
 
     Args:
         scores: of all items. [users, items]
-        targets: items; one with fewer targets repeats one of its own, and drops it from the result.
-            [users, targets]
+        targets: items. A user with fewer repeats one, which ``present`` then hides from
+            ``per_list``. [users, targets]
         exclude: items left out of a user's ranking, such as its history, as a mask [users, items]
             or as (offsets [users + 1], items), in which an item may repeat. Targets of the user are
             never left out, even if they are among them.

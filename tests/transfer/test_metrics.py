@@ -378,8 +378,10 @@ def test_lists_of_different_lengths_are_as_each_alone_whatever_stands_in_the_gap
     present = np.arange(4) < rng.integers(1, 5, 50)[:, None]
     ranks = rank_all(scores, targets)
     holes = Ranks(np.where(present, ranks.first, 0), np.where(present, ranks.last, -7))
+    repeats = rank_all(scores, np.where(present, targets, targets[:, :1]))
     for name in LISTS:
         values = per_list(name, holes, present)
+        assert (per_list(name, repeats, present) == values).all()
         for user in range(50):
             own = targets[user : user + 1, present[user]]
             alone = per_list(name, rank_all(scores[user : user + 1], own))
