@@ -381,7 +381,7 @@ def lint_table(
     found = {}
     for at, row in enumerate(rows):
         means = {k: v for k, v in row.items() if _NAME.fullmatch(k) and v is not None and v == v}
-        among = int(row.get("candidates", candidates))
+        among = int(row.get("candidates") or candidates)
         if problems := lint_metrics(means, candidates=among, tolerance=tolerance):
             found[at] = problems
     return found

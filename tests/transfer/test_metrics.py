@@ -721,7 +721,7 @@ def test_lint_of_a_table_passes_over_what_is_missing_or_no_metric() -> None:
     rows = [
         {"system": "a", "hr_1": 0.3, "hr_10": None, "mrr": math.nan, "hr_1_low": 9.0, "loss": 7.0},
         {"system": "b", "hr_1": 0.3, "hr_10": 0.2},
-        {"system": "c", "mrr": 0.005},
+        {"system": "c", "mrr": 0.005, "candidates": None},
         {"system": "d", "mrr": 0.005, "candidates": 5_000},
         {"system": "e"},
     ]
