@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import ROOT, call, refused, study, tree  # noqa: F401
+from test_cli import ROOT, SWEEP, call, refused, study, tree  # noqa: F401
 
-from scaling.data.prepare import read_card
+from scaling.data.prepare import prepare, read_card
 from scaling.rundir import RunDir
 from scaling.sweeps import Grid, write_sweep
 
@@ -255,3 +255,78 @@ def test_a_failure_is_shown_with_its_reason(study):  # noqa: F811
     words = ["status", study / "study.toml", "--root", study]
     assert f"{run.run_key} gpu_oom: 512 fits (tried)" in call(*words).stdout
     assert "no such cause; valid: budget" in refused(*words, "--cause", "oops")
+
+
+# ---- downstream evaluations ---------------------------------------------------------------------
+
+TASKS = """
+[tasks.first]
+service = "beauty"
+form = "first"
+negatives = 5
+[tasks.strangers]
+service = "beauty"
+encoders = "foreign"
+users = "all"
+targets = 1
+negatives = 5
+"""
+
+
+@pytest.fixture
+def transferring(tiny_corpus):
+    """``transferring(table)``: a study of two runs whose sweep has this ``[transfer]`` table."""
+
+    def make(table: str, tasks: str = "", users: int = 64) -> Path:
+        root = tiny_corpus(users=users)
+        if tasks:
+            path = root / "tiny.toml"
+            path.write_text(path.read_text() + tasks)
+            prepare(path, root)
+        text = SWEEP.replace("[2, 3, 4]", "[2, 3]") + f"[transfer]\n{table}\n"
+        (root / "study.toml").write_text(text)
+        (root / "local.toml").write_text('name = "here"\nexecutor = "local"\nmax_parallel = 2\n')
+        return root
+
+    return make
+
+
+BAD_TABLES = [
+    ('tasks = ["books"]\nfold = 5', r"transfer\.fold"),
+    ('tasks = ["books"]\nfolds = 3', r"transfer\.folds.*2, 5 or 10"),
+    ('tasks = ["books"]\nhistory = "mine"', r"transfer\.history.*'target' or 'all'"),
+    ('tasks = ["books"]\nheads = ["mlp"]', r"'u-mlp', 'u-mlp-64', 'linear' or 'hybrid'"),
+    ('tasks = ["books"]\nheads = []', r"transfer\.heads"),
+    ('tasks = ["books"]\nseeds = 0', r"transfer\.seeds"),
+    ("tasks = []", r"transfer\.tasks"),
+    ("", r"transfer\.tasks"),
+    ('tasks = ["bookz"]', r"bookz.*beauty, books"),
+    ('tasks = ["other:books"]', r"no corpus 'other'; prepared: tiny-"),
+    ('tasks = ["first"]', r"'first': before a first log of 'beauty'.*valid: all"),
+    ('tasks = ["strangers"]', r"'strangers': it is for encoders of other corpora"),
+]
+
+
+@pytest.mark.parametrize(("table", "why"), BAD_TABLES, ids=[w for _, w in BAD_TABLES])
+def test_evaluations_that_cannot_be_are_refused_before_anything_is_written(
+    transferring, table, why
+):
+    study = transferring(table, TASKS)  # noqa: F811
+    before = tree(study)
+    said = refused("submit", study / "study.toml", "--cluster", study / "local.toml",
+                   "--root", study, "--watch")  # fmt: skip
+    assert re.search(why, said, re.DOTALL), said
+    assert tree(study) == before
+
+
+def test_a_dry_run_says_what_runs_are_evaluated_on(transferring, monkeypatch):
+    study = transferring('tasks = ["books", "beauty"]\nheads = ["u-mlp", "linear"]')  # noqa: F811
+    before = tree(study)
+    words = ["submit", study / "study.toml", "--cluster", study / "local.toml", "--root", study]
+    said = call(*words, "--dry-run").stdout
+    (line,) = re.findall("^each is then evaluated: (.*)$", said, re.MULTILINE)
+    assert [re.sub("-[a-z2-7]{8}$", "", key) for key in line.split(", ")] == [
+        "books", "books", "beauty", "beauty",
+    ]  # fmt: skip
+    assert "would submit 2 of 2 runs" in said
+    assert tree(study) == before

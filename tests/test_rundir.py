@@ -12,7 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling.config import DataConfig, ModelConfig, PoolConfig, RunConfig
+from scaling.config import (
+    ConfigError,
+    DataConfig,
+    Evaluation,
+    ModelConfig,
+    PoolConfig,
+    RunConfig,
+)
 from scaling.files import RecordError
 from scaling.rundir import RunDir, Superseded, append_line
 
@@ -302,3 +309,94 @@ def test_metrics_refuse_nan(run: RunDir) -> None:
     with run.metrics_path(1).open("ab") as f, pytest.raises(ValueError, match="not JSON compliant"):
         append_line(f, {"kind": "train", "step": 1, "loss": float("inf")})
     assert run.progress() is None
+
+
+# ---- downstream evaluations ---------------------------------------------------------------------
+
+
+def evaluation(task: str = "books", **changes: Any) -> Evaluation:
+    return Evaluation(corpus_digest=DIGEST, task=task, task_digest=DIGEST, **changes)
+
+
+def leave(run: RunDir, *evaluations: Evaluation) -> None:
+    """As an evaluation does: the record, and a table beside it."""
+    for one in evaluations:
+        (run.path / "transfer").mkdir(exist_ok=True)
+        for suffix in ("json", "parquet"):
+            (run.path / "transfer" / f"{one.key}.{suffix}").write_text("{}")
+
+
+def finish(run: RunDir, status: str = "done") -> None:
+    run.write_result(run.start_generation({"resumed_from": 0}), {"status": status})
+
+
+def test_what_is_wanted_is_read_as_it_was_declared(run: RunDir) -> None:
+    assert run.wanted() == []
+    assert run.evaluations() == (0, [])
+    wanted = [evaluation(head="linear"), evaluation("beauty", history="all", folds=2, seeds=3)]
+    run.want(wanted)
+    assert run.wanted() == sorted(wanted, key=lambda e: e.key)
+    before = {p: p.stat().st_mtime_ns for p in run.path.rglob("*")}
+    run.want(reversed(wanted))
+    assert {p: p.stat().st_mtime_ns for p in run.path.rglob("*")} == before
+
+
+def test_evaluations_of_several_sweeps_add_up(run: RunDir) -> None:
+    keys = set()
+    for settings_of_a_sweep in ({}, {"head": "linear"}, {}, {"folds": 10}):
+        one = evaluation(**settings_of_a_sweep)
+        run.want([one])
+        keys.add(one.key)
+        assert run.evaluations() == (len(keys), sorted(keys))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"task": "books"}', '{"task":'])
+def test_a_damaged_wish_is_named(run: RunDir, content: str) -> None:
+    run.want([evaluation()])
+    path = run.path / "transfer" / "wanted" / f"{evaluation().key}.json"
+    path.write_text(content)
+    with pytest.raises((RecordError, ConfigError), match=re.escape(path.name)):
+        run.wanted()
+    assert run.evaluations() == (1, [evaluation().key])  # by listing alone: it is still owed
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcd"), st.booleans(), st.booleans()), max_size=8),
+    st.sets(st.sampled_from("abcdef")),
+    st.sampled_from([None, "done", "diverged"]),
+)
+def test_a_run_is_over_when_nothing_that_is_wanted_is_missing(
+    steps: list[tuple[str, bool, bool]], more: set[str], status: str | None
+) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        run = RunDir.create(Path(root), configured(), "demo")
+        wanted, there = set[str](), set[str]()
+        for task, want, record in steps:
+            one = evaluation(task)
+            if want:
+                run.want([one])
+                wanted.add(one.key)
+            if record:
+                leave(run, one)
+                there.add(one.key)
+        if status:
+            finish(run, status)
+        assert run.evaluations() == (len(wanted), sorted(wanted - there))
+        keys = {evaluation(task).key for task in more}
+        found = run.evaluations(more=keys)
+        assert found == (len(wanted | keys), sorted((wanted | keys) - there))
+        over = {None: False, "done": not wanted - there, "diverged": True}
+        assert run.over() is over[status]
+
+
+def test_tables_and_other_steps_are_no_records_of_the_last(run: RunDir) -> None:
+    one = evaluation()
+    run.want([one])
+    finish(run)
+    other = run.path / "transfer" / "step-000000060"
+    other.mkdir()
+    (other / f"{one.key}.json").write_text("{}")
+    (run.path / "transfer" / f"{one.key}.parquet").write_text("")
+    (run.path / "transfer" / f".{one.key}.json.tmp").write_text("torn")
+    assert run.evaluations() == (1, [one.key])
+    assert not run.over()
