@@ -35,10 +35,13 @@ SETTINGS = TowerSettings(lr=3e-4)
 class BST(Towers):
     """A Transformer over logs, and a projection of texts."""
 
+    texts: Tensor
+
     def __init__(self, config: ModelConfig, problem: Problem, texts: NDArray[np.float32]) -> None:
         super().__init__()
         self.config, self.problem = config, problem
-        self.texts = torch.from_numpy(texts / np.sqrt((texts**2).mean()))
+        scaled = torch.from_numpy(texts / np.sqrt((texts**2).mean()))
+        self.register_buffer("texts", scaled, persistent=False)
         self.stack = Stack(config, LATEST)
         initialise(self.stack, config.layers)
         self.token = nn.Linear(texts.shape[1], config.d_model)
@@ -53,12 +56,13 @@ class BST(Towers):
         """Of a user without logs."""
 
     def user(self, examples: Tensor) -> Tensor:
-        lengths, items = latest(*self.problem.history, examples[0].numpy(), LATEST)
-        there = torch.from_numpy(np.flatnonzero(lengths))
+        where = examples.device
+        lengths, items = latest(*self.problem.history, examples[0].cpu().numpy(), LATEST)
+        there = torch.from_numpy(np.flatnonzero(lengths)).to(where)
         pooled = self.nobody.expand(len(lengths), -1)
         if len(there):
-            layout = Layout.of(lengths[lengths > 0], self.config.d_model, examples.device)
-            tokens = self.token(self.texts[torch.from_numpy(items)])
+            layout = Layout.of(lengths[lengths > 0], self.config.d_model, where)
+            tokens = self.token(self.texts[torch.from_numpy(items).to(where)])
             pooled = pooled.index_copy(0, there, self.stack(layout.scatter(tokens), layout))
         found: Tensor = self.of_user(pooled)[None]
         return found

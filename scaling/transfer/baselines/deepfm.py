@@ -31,10 +31,15 @@ SETTINGS = TowerSettings()
 class DeepFM(Towers):
     """Fields of both sides, embedded and combined."""
 
+    texts: Tensor
+    mean: Tensor
+    last: Tensor
+    length: Tensor
+    popularity: Tensor
+
     def __init__(self, problem: Problem, split: Split, texts: NDArray[np.float32]) -> None:
         super().__init__()
         texts = texts / np.sqrt((texts**2).mean())
-        self.texts = torch.from_numpy(texts)
         examples = np.arange(len(problem.user))
         lengths, items = latest(*problem.history, examples, np.iinfo(np.int64).max)
         mean = np.zeros((len(examples), texts.shape[1]), np.float32)
@@ -42,9 +47,16 @@ class DeepFM(Towers):
         mean /= np.maximum(lengths, 1)[:, None]
         last = np.zeros_like(mean)
         last[lengths > 0] = texts[items[(np.cumsum(lengths) - 1)[lengths > 0]]]
-        self.mean, self.last = torch.from_numpy(mean), torch.from_numpy(last)
-        self.length = _buckets(lengths)
-        self.popularity = _buckets(count_items(len(texts), problem.known(split)[1]))
+        counts = count_items(len(texts), problem.known(split)[1])
+        fields = {
+            "texts": torch.from_numpy(texts),
+            "mean": torch.from_numpy(mean),
+            "last": torch.from_numpy(last),
+            "length": _buckets(lengths),
+            "popularity": _buckets(counts),
+        }
+        for name, field in fields.items():
+            self.register_buffer(name, field, persistent=False)
         width = texts.shape[1]
         self.of_mean, self.of_last = nn.Linear(width, FIELD), nn.Linear(width, FIELD)
         self.of_text = nn.Linear(width, FIELD)

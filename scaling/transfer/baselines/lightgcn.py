@@ -1,8 +1,9 @@
 """LightGCN (He et al. 2020, SIGIR): vectors of users and items, averaged over their graph.
 
 The layers are E(k+1) = D^-1/2 A D^-1/2 E(k), and a vector is the mean of layers 0 to K (their
-equations 7 and 8, alpha = 1/(K+1)). The graph joins an example with the items that a fold may know
-of it: a user who is tested is in it by the logs before its targets.
+equations 7 and 8, alpha = 1/(K+1)). The graph joins a user with the items that a fold may know of
+it: one who is tested is in it by the logs before its targets, and in a leave-one-out task, where
+all are trained on and tested, by what is trained on.
 
 In ``lightgcn`` layer 0 is a projection of frozen text vectors, of an item's own and of the mean
 over a user's known items, so that it has few parameters and knows users it has not met (the 0.5M of
@@ -84,40 +85,48 @@ class LightGCN(Towers):
     """Vectors of all nodes, made anew at every step."""
 
     nodes: Tensor
+    matrix: Tensor
+    of_example: Tensor
+    """Node of each example's user. [examples]"""
+    item_texts: Tensor
+    user_texts: Tensor
 
     def __init__(
         self, problem: Problem, logs: tuple[Ints, Ints], texts: NDArray[np.float32] | None
     ) -> None:
         """
         Args:
-            logs: examples and items that are joined. [logs], [logs]
+            logs: examples, whose users are joined, and items. [logs], [logs]
         """
         super().__init__()
-        users, items = logs
-        self.n_users, n_items = len(problem.user), len(problem.catalogue)
-        self.matrix = normalised_graph(users, items, self.n_users, n_items)
+        users, items = problem.user[logs[0]], logs[1]
+        self.n_users, n_items = int(problem.user.max()) + 1, len(problem.catalogue)
+        matrix = normalised_graph(users, items, self.n_users, n_items)
+        self.register_buffer("matrix", matrix, persistent=False)
+        self.register_buffer("of_example", torch.from_numpy(problem.user), persistent=False)
+        self.by_ids = texts is None
         if texts is None:
             self.free = nn.Parameter(torch.randn(self.n_users + n_items, WIDTH) * 0.1)
-            self.texts = None
         else:
             mean = np.zeros((self.n_users, texts.shape[1]), np.float32)
             np.add.at(mean, users, texts[items])
             mean /= np.maximum(np.bincount(users, minlength=self.n_users), 1)[:, None]
             scale = float(np.sqrt((texts**2).mean()))
-            self.texts = torch.from_numpy(texts / scale), torch.from_numpy(mean / scale)
+            for name, of in (("item_texts", texts), ("user_texts", mean)):
+                self.register_buffer(name, torch.from_numpy(of / scale), persistent=False)
             self.of_item = nn.Linear(texts.shape[1], WIDTH)
             self.of_user = nn.Linear(texts.shape[1], WIDTH)
 
     def refresh(self) -> None:
-        if self.texts is None:
-            first: Tensor = self.free
+        first: Tensor
+        if self.by_ids:
+            first = self.free
         else:
-            items, users = self.texts
-            first = torch.cat([self.of_user(users), self.of_item(items)])
+            first = torch.cat([self.of_user(self.user_texts), self.of_item(self.item_texts)])
         self.nodes = propagate(self.matrix, first)
 
     def user(self, examples: Tensor) -> Tensor:
-        return self.nodes[examples]
+        return self.nodes[self.of_example[examples]]
 
     def item(self, rows: Tensor) -> Tensor:
         return self.nodes[self.n_users + rows]
@@ -150,10 +159,15 @@ def _fit(
         return found
     # A training example is joined with its targets, which its vector then tells of. Whatever learns
     # from these vectors must meet all examples as those that are served: by their histories alone.
-    examples = np.arange(len(problem.user))
-    lengths, items = latest(*problem.history, examples, np.iinfo(np.int64).max)
-    before = LightGCN(problem, (np.repeat(examples, lengths), items), texts)
-    before.load_state_dict(towers.state_dict())
-    with torch.no_grad():
-        before.refresh()
-        return replace(found, before=before.user(torch.from_numpy(examples)))
+    # A user's histories of one part are of no other's targets, so each part has its own graph.
+    users = torch.empty_like(found.users)
+    for part in range(3) if problem.group is None else [0]:
+        examples = np.flatnonzero(problem.part == part)
+        lengths, items = latest(*problem.history, examples, np.iinfo(np.int64).max)
+        before = LightGCN(problem, (np.repeat(examples, lengths), items), texts)
+        before.load_state_dict(towers.state_dict())
+        before.to(users.device)
+        with torch.no_grad():
+            before.refresh()
+            users[examples] = before.user(torch.from_numpy(examples).to(users.device))
+    return replace(found, before=users)
