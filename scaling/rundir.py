@@ -269,12 +269,23 @@ class RunDir:
                 seconds += (starting_seconds(first) + trained) * first["world_size"]
         return seconds / 3600
 
+    def evaluation_seconds(self) -> float:
+        """Longest time that a start took for a downstream evaluation, or spent on none; 0 if none
+        evaluated. [seconds]"""
+        longest = 0.0
+        for generation in self.generations():
+            first, last = _ends(self.metrics_path(generation))
+            if first is not None and last.get("kind") == "evaluation":
+                finished = max(1, first["missing"] - last["missing"])
+                longest = max(longest, (last["seconds"] - first["seconds"]) / finished)
+        return longest
+
     def pace(self) -> float | None:
-        """Steps a second on the way so far, evaluations and checkpoints included; None before
-        there are two rows."""
+        """Steps a second on the way so far, evaluations on pools and checkpoints included; None
+        before there are two rows."""
         for generation in reversed(self.generations()):
             _, last = _ends(self.metrics_path(generation))
-            if last.get("kind") != "start" and last.get("seconds", 0) > 0:
+            if last.get("kind") in ("train", "pool") and last.get("seconds", 0) > 0:
                 return float(last["step"]) / float(last["seconds"])
         return None
 

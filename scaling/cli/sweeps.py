@@ -276,13 +276,14 @@ def cancel(
     """
     from scaling.rundir import one_key
     from scaling.slurm.cancel import cancel as end
+    from scaling.slurm.status import read_facts
 
     identity, planned = runs_of(sweep, root)
     runs = submitted_runs(planned, root, sweep, identity)
     if run:
         keys = {one_key([r.run_key for r in runs], prefix, str(sweep)) for prefix in run}
         runs = [r for r in runs if r.run_key in keys]
-    if not yes and (count := sum(not (r.path / "result.json").exists() for r in runs)):
+    if not yes and (count := sum(not read_facts(r).over for r in runs)):
         _confirm(f"cancel {count} runs that are not done?")
     cancelled = end(runs)
     typer.echo(f"cancelled {len(cancelled)} of {len(runs)} runs")

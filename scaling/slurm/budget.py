@@ -20,10 +20,18 @@ from scaling import ClueError
 from scaling.config import RunConfig
 from scaling.files import RecordError, read_json, write_json
 from scaling.rundir import RunDir, starting_seconds
-from scaling.slurm.cost import MARGIN, START_S, Estimate, Rate, estimate, measured_rates
+from scaling.slurm.cost import (
+    EVALUATION_S,
+    MARGIN,
+    START_S,
+    Estimate,
+    Rate,
+    estimate,
+    measured_rates,
+)
 from scaling.slurm.profile import ClusterProfile
 from scaling.slurm.state import Facts
-from scaling.slurm.status import gpu_hours_of, read_facts
+from scaling.slurm.status import read_facts, spent_hours
 from scaling.slurm.submission import Candidate
 
 
@@ -34,14 +42,19 @@ class Prices:
     rows: Mapping[str, Mapping[str, float]]
     """``n_total`` and ``flops_exact`` of the plan, by run key."""
     rates: Sequence[Rate]
+    wanted: Sequence[str] = ()
+    """Keys of evaluations that are about to be declared of all runs."""
 
     @classmethod
-    def of_plan(cls, root: Path, rows: Iterable[Mapping[str, Any]]) -> "Prices":
+    def of_plan(
+        cls, root: Path, rows: Iterable[Mapping[str, Any]], wanted: Sequence[str] = ()
+    ) -> "Prices":
         """From plan rows."""
         needed = ("n_total", "flops_exact")
         return cls(
             {str(row["run_key"]): {k: float(row[k]) for k in needed} for row in rows},
             measured_rates(root),
+            wanted,
         )
 
     @classmethod
@@ -58,7 +71,8 @@ class Prices:
     def of(self, run: RunDir, config: RunConfig, profile: ClusterProfile) -> Estimate | None:
         """Cost of the rest of a run; None if the plan does not have it.
 
-        A start is taken to last somewhat longer than the run's longest one did.
+        A start is taken to last somewhat longer than the run's longest one did, and so is an
+        evaluation.
         """
         row = self.rows.get(config.run_key)
         if row is None:
@@ -73,6 +87,8 @@ class Prices:
             step=max(run.committed_steps(), default=0),
             start_s=max(START_S, MARGIN * longest),
             pace=run.pace(),
+            evaluations=len(run.evaluations(self.wanted)[1]),
+            evaluation_s=max(EVALUATION_S, MARGIN * run.evaluation_seconds()),
         )
 
 
@@ -118,12 +134,11 @@ def committed_hours(runs: Sequence[RunDir], facts: Mapping[str, Facts]) -> float
     total = 0.0
     for run in runs:
         known = facts[run.run_key]
-        if known.result is not None and known.over:
-            total += gpu_hours_of(dict(known.result))
-            continue
         if known.damage:
             raise ClueError(f"what run {run.run_key} takes cannot be told: {known.damage}")
-        total += run.gpu_hours()
+        total += spent_hours(run, known)
+        if known.over:
+            continue
         newest = known.attempts[-1] if known.attempts else None
         if newest is None or newest.end is not None or newest.intent["executor"] == "none":
             continue

@@ -30,6 +30,8 @@ CPU_FLOPS = 10e9
 """The stated model on CPUs: of one core, in fp32. [FLOP/s]"""
 START_S = 60.0
 """Of every start: imports, corpus, memory, first batch. [seconds]"""
+EVALUATION_S = 60.0
+"""The stated model of a downstream evaluation: of one task with one head. [seconds]"""
 MARGIN = 1.5
 """A budget reserves this multiple of what a run is estimated to need still."""
 SHORTEST_S = 10.0
@@ -108,6 +110,8 @@ def estimate(
     step: int = 0,
     start_s: float = START_S,
     pace: float | None = None,
+    evaluations: int = 0,
+    evaluation_s: float = EVALUATION_S,
 ) -> Estimate:
     """Cost of a run on a profile.
 
@@ -118,6 +122,8 @@ def estimate(
         step: steps done already.
         start_s: of every start, before the first step. [seconds]
         pace: the run's own so far, which beats all else. [steps/s]
+        evaluations: downstream, that it still lacks; all ranks' time counts while one evaluates.
+        evaluation_s: of each. [seconds]
 
     Raises:
         ConfigError: the run does not fit the profile.
@@ -128,6 +134,7 @@ def estimate(
     seconds = left / config.steps * flops_exact / rate / shape.world_size
     if pace:
         seconds, basis = left / pace, "own pace"
+    seconds += evaluations * evaluation_s
     slices = max(1, -(-seconds // max(1, 60 * shape.time_min - profile.signal_lead_s)))
     wall = (seconds + slices * start_s) / 3600
     train = profile.train

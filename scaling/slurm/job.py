@@ -1,7 +1,8 @@
 """What runs on the nodes: the one function that submitit starts, once per rank.
 
-Claim the attempt, set up the rank's environment, train, and leave a record of the end. Training is
-named by a string and imported last, so that a superseded job ends before torch is loaded.
+Claim the attempt, set up the rank's environment, train, evaluate, and leave a record of the end.
+What does so is named by strings and imported last, so that a superseded job ends before torch is
+loaded.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -22,12 +24,13 @@ from submitit import JobEnvironment
 from submitit.helpers import TorchDistributedEnvironment
 
 from scaling import ClueError
-from scaling.config import TrainSettings
+from scaling.config import Evaluation, TrainSettings
 from scaling.files import RecordError, read_json
 from scaling.rundir import Attempt, RunDir, Superseded, chunk_folder
 from scaling.slurm.claims import STOPPED, await_claim, claim
 from scaling.slurm.code import PACKAGE, running_from, verify
 from scaling.slurm.environment import capture, drift
+from scaling.slurm.evaluating import Tell, evaluate_missing
 from scaling.slurm.failures import START_LINE, classify
 from scaling.slurm.profile import check_owner
 from scaling.slurm.scheduler import command, process_identity
@@ -135,8 +138,9 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
     try:
         _check(run, attempt, job, rank)
         result = _train(run, attempt, job, stop)
+        over = result is not None
         if rank == 0 and result is not None and result["status"] == "done":
-            _evaluate(run, stop)
+            over = _evaluate(run, attempt, job, stop, environment.num_tasks)
     except Superseded as e:
         print(f"superseded: {e}", file=sys.stderr)
         _leave(EXIT_SUPERSEDED, local, environment.num_tasks)
@@ -150,7 +154,7 @@ def run_job(root: str, sweep: str, token: str) -> NoReturn:
             _record_end(run, number, job, cause, f"rank {rank}: {type(e).__name__}: {e}"[:500])
         _leave(1, local, environment.num_tasks)
     if rank == 0:
-        if result is not None and run.over():
+        if over and result is not None:
             _record_end(run, number, job, str(result["status"]), "")
         else:
             _stopped(run, attempt, job, stop)
@@ -198,11 +202,15 @@ def _check(run: RunDir, attempt: Attempt, job: dict[str, Any], rank: int) -> Non
         )
     if rank:
         return
-    newest = max(run.committed_steps(), default=0)
+    result = run.result()
+    newest, missing = max(run.committed_steps(), default=0), None
+    if result is not None:  # it is only evaluated
+        newest, missing = int(result["step"]), len(run.evaluations()[1])
     job |= capture(run.root)
     starts = run.starts()
     earlier = [(s.get("job") or {}).get("environment") for s in starts]
-    before = [e for e in earlier if e] if newest and not attempt.intent["allow_drift"] else []
+    trains = newest and result is None
+    before = [e for e in earlier if e] if trains and not attempt.intent["allow_drift"] else []
     changed = drift(run.root, before[-1], job["environment"]) if before else []
     if changed:
         raise Unfit(
@@ -210,12 +218,17 @@ def _check(run: RunDir, attempt: Attempt, job: dict[str, Any], rank: int) -> Non
             f"{', '.join(changed[:6])}: not what the run was trained with so far; go on with "
             "submit --retry-failed --allow-drift",
         )
-    mine = [s["resumed_from"] for s in starts if s.get("attempt") == attempt.number]
-    if mine[-FRUITLESS_STARTS:] == [newest] * FRUITLESS_STARTS:
+    mine = [
+        (s["resumed_from"], s.get("missing")) for s in starts if s.get("attempt") == attempt.number
+    ]
+    if mine[-FRUITLESS_STARTS:] == [(newest, missing)] * FRUITLESS_STARTS:
         raise Unfit(
             "no_progress",
             f"{FRUITLESS_STARTS} starts in a row from step {newest}, and none committed another: "
-            "longer slices (time_min), or checkpoints more often (checkpoint_every)",
+            "longer slices (time_min), or checkpoints more often (checkpoint_every)"
+            if missing is None
+            else f"{FRUITLESS_STARTS} starts in a row, and none finished one of {missing} "
+            "evaluations: longer slices (time_min)",
         )
 
 
@@ -275,23 +288,19 @@ def _train(
     return result
 
 
-def _evaluate(run: RunDir, stop: StopFlag) -> None:
-    """Evaluate a trained run downstream as its sweeps want it; other ranks have left by then.
+def _evaluate(
+    run: RunDir, attempt: Attempt, job: dict[str, Any], stop: StopFlag, ranks: int
+) -> bool:
+    """Evaluate what is missing, on rank 0 alone; whether that is done."""
+    if any((s.get("job") or {}).get("began") == job["began"] for s in run.starts()):
+        job = {**job, "began": time.time()}  # what came before counts as training
 
-    What is evaluated stays when the job is stopped, and a later one does the rest.
-    """
-    if not run.evaluations()[1]:
-        return
-    corpus = _named(CORPUS).find(run.root, run.spec().data.corpus_digest)
-    told = ""
+    def evaluate(wanted: Sequence[Evaluation], tell: Tell) -> None:
+        corpus = _named(CORPUS).find(run.root, run.spec().data.corpus_digest)
+        _named(EVALUATE)(run, corpus, wanted, progress=tell, should_stop=stop)
 
-    def tell(share: float, what: str) -> None:
-        nonlocal told
-        if what != told:
-            print(f"evaluating {what}, {share:.0%} done", flush=True)
-            told = what
-
-    _named(EVALUATE)(run, corpus, run.wanted(), progress=tell, should_stop=stop)
+    start = {"attempt": attempt.number, "job": job, "world_size": ranks}
+    return evaluate_missing(run, start, evaluate, stop)
 
 
 class _Progress:

@@ -134,9 +134,10 @@ def _executor(array: JobArray) -> Any:
             # submitit takes another signal from a variable of the shell.
             "signal": f"USR2@{profile.signal_lead_s}",
         },
-        # A rank that ends badly ends its step: no other waits for it in a collective. srun does not
-        # inherit --cpus-per-task since Slurm 22.05.
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={shape.cpus_per_task}"],
+        # A rank that ends badly ends its step: no other waits for it in a collective. One that ends
+        # well does not, whatever the site's WaitTime: rank 0 still evaluates. srun does not inherit
+        # --cpus-per-task since Slurm 22.05.
+        srun_args=["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={shape.cpus_per_task}"],
     )
     executor.parameters["map_count"] = len(array.indices)  # names logs by array and index
     return executor

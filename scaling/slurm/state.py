@@ -239,9 +239,10 @@ def fruitless(facts: Facts) -> int:
         seen = attempt.submit is not None or attempt.claim is not None
         if cause in NEVER_ACCEPTED or (cause == "lost" and not seen):
             continue
-        if int(attempt.intent["step"]) < facts.committed:
+        if cause == "done" or int(attempt.intent["step"]) < facts.committed:
             break
-        if int(attempt.intent.get("missing", facts.missing)) > facts.missing:
+        missing = attempt.intent.get("missing")
+        if facts.status and (missing is None or int(missing) > facts.missing):
             break
         count += 1
     return count

@@ -196,11 +196,26 @@ def gpu_hours_of(result: dict[str, Any]) -> float:
     return float(result.get("seconds") or 0) * int(result.get("world_size") or 1) / 3600
 
 
+def spent_hours(run: RunDir, facts: Facts) -> float:
+    """What a run has taken so far, evaluations too. [GPU-hours]
+
+    Raises:
+        RecordError: metrics are torn.
+    """
+    if facts.result is None or facts.wanted:
+        return run.gpu_hours()
+    return gpu_hours_of(dict(facts.result))
+
+
 def _result_progress(run: RunDir, facts: Facts) -> Progress:
     result = dict(facts.result or {})
-    age = time.time() - (run.path / "result.json").stat().st_mtime
+    written = [run.path / "result.json"]
+    if facts.missing:
+        written += [run.metrics_path(g) for g in run.generations()[-1:]]
+    age = time.time() - max(path.stat().st_mtime for path in written)
     loss, train_loss = result.get("loss"), result.get("train_loss")
-    return Progress(facts.committed, loss, train_loss, age, None, gpu_hours_of(result))
+    hours = spent_hours(run, facts)
+    return Progress(facts.committed, loss, train_loss, age, None, hours)
 
 
 def _progress(run: RunDir) -> Progress:

@@ -299,7 +299,7 @@ def _intend(
             "executor": profile.executor,
             "sweep": sweep,
             "step": c.facts.committed,
-            "missing": c.facts.missing,
+            "missing": c.facts.missing if c.facts.status else None,
             "profile": profile.name,
             "shape": chunk.shape.model_dump(mode="json"),
             "parallel": parallel,

@@ -150,7 +150,7 @@ def preview(
     if profile.executor == "slurm":
         array_size(profile)  # asks the cluster, as a submission would
     orders = Orders(True, retry_failed, new_code)
-    prices = Prices.of_plan(root, plan)
+    prices = Prices.of_plan(root, plan, wanted)
     choice = _choose(derived, profile, orders, prices, budget, configs=configs)
     rows = _rows(derived, {c.run.run_key: None for c in choice.candidates}, choice)
     arrays = []
@@ -353,7 +353,9 @@ def _candidates(
             continue
         now = now or digest_of_package()
         newest = facts.attempts[-1] if facts.attempts else None
-        ran = _code_of(facts.attempts) if facts.committed else None
+        # What is trained can be changed by no code any more.
+        begun = facts.committed and facts.status is None
+        ran = _code_of(facts.attempts) if begun else None
         code = now if ran is None or orders.new_code else ran
         if code != now and orders.retry_failed and orders.new_code is None:
             changed.append(run.run_key)

@@ -120,7 +120,7 @@ def test_shapes_make_arrays_of_their_own(root, make_runs, fake_slurm):
         "echo 'a; b' | cat",
     ):
         assert line in script.splitlines()
-    assert "--kill-on-bad-exit=1 --cpus-per-task=5" in script
+    assert "--kill-on-bad-exit=1 --wait=0 --cpus-per-task=5" in script
     three = profile.model_copy(update={"shape": Shape(tasks_per_node=3), "larger": ()})
     with pytest.raises(ConfigError, match="not divisible by the 3 ranks"):
         sync.submit(root, runs, three, sweep="s")
