@@ -15,6 +15,7 @@ import pytest
 from scenario import how, whole
 
 import scaling
+from scaling.config import Evaluation
 from scaling.slurm import sync
 from scaling.slurm.code import archive_path
 
@@ -158,3 +159,28 @@ def test_f17_other_packages_than_before_are_drift(root, make_runs, fake_slurm, s
     assert fake_slurm.run(2) == 0
     assert run.starts()[1]["job"]["environment"] == digest
     assert whole(run)
+
+
+def test_f17_what_is_trained_is_evaluated_by_code_and_packages_of_today(
+    root, make_runs, fake_slurm, edited
+):
+    """They cannot change it any more, and what it was trained with may know no evaluations."""
+    (run,) = make_runs(1)
+    edited(1)
+    edited.login([run])
+    assert fake_slurm.run(0) == 0
+    start, *rest = run.metrics_path(1).read_text().splitlines()
+    start = json.loads(start)
+    (root / f"environments/{'a' * 16}.json").write_text(
+        json.dumps({"python": "2.7.18", "packages": {"torch": "0.4.1"}})
+    )
+    start["job"]["environment"] = "a" * 16
+    run.metrics_path(1).write_text("\n".join([json.dumps(start), *rest, ""]))
+    edited(2)
+    run.want([Evaluation(corpus_digest="a" * 16, task="food", task_digest="t" * 16)])
+    assert [r["action"] for r in edited.login([run])] == ["submit"]
+    assert fake_slurm.run(1) == 0
+    assert run.over()
+    codes = [attempt.intent["code"] for attempt in run.attempts()]
+    assert codes[0] != codes[1]
+    assert run.starts()[1]["job"]["environment"] != "a" * 16  # by what it was evaluated is known

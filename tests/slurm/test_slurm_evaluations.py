@@ -4,15 +4,22 @@ Real jobs against the fake Slurm, with stand-ins for training and for evaluation
 """
 
 import json
+import os
+import signal
+import time
 
 import pytest
 from scenario import states, whole
 
 from scaling.config import ConfigError, Evaluation
-from scaling.rundir import RunDir, append_line
+from scaling.files import write_json
+from scaling.rundir import Attempt, RunDir, append_line
 from scaling.slurm import sync
+from scaling.slurm.budget import committed_hours, set_budget
 from scaling.slurm.cancel import cancel
-from scaling.slurm.state import Facts, Snapshot, State, derive
+from scaling.slurm.cost import EVALUATION_S, MARGIN, START_S
+from scaling.slurm.profile import ClusterProfile, Shape
+from scaling.slurm.state import Facts, Snapshot, State, derive, fruitless
 from scaling.slurm.status import read_facts
 
 
@@ -224,6 +231,153 @@ def test_a_run_trained_by_hand_is_evaluated_by_the_sweep(root, runs, fake_slurm,
     assert fake_slurm.finish() == [0]
     assert evaluated(run) == ["food", "kitchen"]
     assert over(run)
+
+
+@pytest.mark.parametrize("place", ["food", "kitchen"])
+def test_slices_too_short_for_an_evaluation_do_not_go_on_for_ever(
+    root, runs, fake_slurm, slurm_profile, place
+):
+    """Slurm requeues the job after each; sync is asked by nobody."""
+    (run,) = runs
+    evaluate_how(root, stop_at=place)
+    sync.submit(root, runs, slurm_profile, sweep="s")
+    starts = 0
+    while fake_slurm.jobs()[0]["state"] == "PENDING":
+        fake_slurm.run(0)
+        starts += 1
+        assert starts < 9
+    # One start trains, and evaluates what comes before the place.
+    assert starts == {"food": 4, "kitchen": 5}[place]
+    end = run.attempts()[0].end
+    assert end["class"] == "no_progress"
+    left = {"food": 2, "kitchen": 1}[place]
+    assert f"none finished one of {left} evaluations: longer slices" in end["evidence"]
+    (row,) = sync.sync(root, runs, slurm_profile, sweep="s")
+    assert (row["state"], row["over"], row["evaluated"]) == ("FAILED", True, 2 - left)
+    evaluate_how(root)
+    sync.submit(root, runs, slurm_profile, sweep="s", retry_failed=True)
+    assert fake_slurm.finish() == [0]
+    assert over(run)
+
+
+def test_cancelled_while_it_evaluates(root, runs, fake_slurm, slurm_profile, until):
+    (run,) = runs
+    evaluate_how(root, seconds=2.0)
+    sync.submit(root, runs, slurm_profile, sweep="s")
+    process = fake_slurm.start(0)
+    until(lambda: evaluated(run) == ["food"], 30, 0.05)
+    assert cancel(runs) == [run.run_key]
+    fake_slurm.set(0, state="COMPLETING")
+    os.kill(fake_slurm.rank(0), signal.SIGTERM)
+    assert fake_slurm.end(0, process) == 0
+    assert run.attempts()[0].end["class"] == "cancelled"
+    # It was told before it ended, and ends when the evaluation at work is done.
+    assert evaluated(run) == ["food"]
+    for drive in (sync.sync, sync.submit):
+        (row,) = drive(root, runs, slurm_profile, sweep="s")
+        assert (row["state"], row["action"], row["evaluated"]) == ("CANCELLED", None, 1)
+    assert cancel(runs) == []
+    evaluate_how(root)
+    sync.submit(root, runs, slurm_profile, sweep="s", retry_failed=True)
+    assert fake_slurm.finish() == [0]
+    assert over(run)
+    assert evaluated(run) == ["food", "kitchen"]
+
+
+def test_its_hours_count_as_those_of_training_do(root, runs, fake_slurm, slurm_profile):
+    (run,) = runs
+    evaluate_how(root, seconds=1.0)
+    sync.submit(root, runs, slurm_profile, sweep="s")
+    assert fake_slurm.finish() == [0]
+    (row,) = sync.status(runs)
+    assert row["gpu_hours"] == run.gpu_hours()
+    assert row["gpu_hours"] > run.result()["gpu_hours"] + 2 / 3600
+    spent = committed_hours(runs, {run.run_key: read_facts(run)})
+    assert spent == row["gpu_hours"]
+    trained, evaluating = run.starts()
+    # Nothing counts twice: the second begins when the first is over.
+    assert evaluating["job"]["began"] > trained["time"]
+    assert row["gpu_hours"] * 3600 < evaluating["time"] - trained["job"]["began"] + 60
+
+
+def test_a_job_that_evaluates_is_not_stalled(root, runs, fake_slurm, slurm_profile, monkeypatch):
+    """Hours after the result was written its metrics say that it is alive."""
+    (run,) = runs
+    evaluate_how(root, kill_at="kitchen")
+    sync.submit(root, runs, slurm_profile, sweep="s")
+    fake_slurm.finish()
+    fake_slurm.set(0, state="RUNNING")
+    hours_ago = time.time() - 7200
+    os.utime(run.path / "result.json", (hours_ago, hours_ago))
+    (row,) = sync.status(runs)
+    assert (row["state"], row["step"], row["stalled"]) == ("RUNNING", 4, False)
+    assert row["progress_age_s"] < 600
+    os.utime(run.metrics_path(2), (hours_ago, hours_ago))
+    assert sync.status(runs)[0]["stalled"]
+
+
+def test_ranks_that_have_trained_leave_and_the_first_evaluates(root, runs):
+    (run,) = runs
+    profile = ClusterProfile(name="local", executor="local", shape=Shape(tasks_per_node=2))
+    (row,) = sync.sync(root, runs, profile, sweep="s", watch=True, interval_s=0.05)
+    assert (row["state"], row["evaluated"], row["attempts"]) == ("DONE", 2, 1)
+    assert [start["world_size"] for start in run.starts()] == [2, 2]
+    assert over(run)
+    run.want([evaluation("books")])
+    (row,) = sync.sync(root, runs, profile, sweep="s", watch=True, interval_s=0.05)
+    assert (row["state"], row["evaluated"], row["attempts"]) == ("DONE", 3, 2)
+    assert evaluated(run) == ["food", "kitchen", "books"]
+
+
+def test_an_allowance_holds_for_evaluations_too(root, runs, fake_slurm, slurm_profile):
+    """Each try is granted more than one took that did not suffice."""
+    (run,) = runs
+    row = {"run_key": run.run_key, "n_total": 1, "flops_exact": 1.0}
+    write_json(root / "sweeps/s/plan.json", {"runs": [row]})
+    set_budget(root, "s", 1.0, runs)
+    sync.submit(root, runs, slurm_profile, sweep="s")
+    (first,) = run.attempts()
+    asked = START_S + 2 * EVALUATION_S  # the training takes no time
+    assert first.intent["estimate_gpu_hours"] == pytest.approx(asked / 3600, rel=1e-3)
+    evaluate_how(root, kill_at="kitchen")
+    assert fake_slurm.finish() != [0]
+    # As if the one that was cut had been at it for ten minutes.
+    begun = run.starts()[1]["seconds"]
+    with open(run.metrics_path(2), "ab") as file:
+        at = {"step": 4, "seconds": begun + 600.0, "missing": 2}
+        append_line(file, {"kind": "evaluation", **at})
+    sync.sync(root, runs, slurm_profile, sweep="s")
+    second = run.attempts()[1].intent
+    assert second["estimate_gpu_hours"] == pytest.approx((START_S + MARGIN * 600) / 3600, rel=1e-3)
+    assert second["allowance_gpu_hours"] == pytest.approx(MARGIN * second["estimate_gpu_hours"])
+    evaluate_how(root)
+    assert fake_slurm.finish() == [0]
+    assert over(run)
+
+
+def test_progress_is_judged_by_the_newest_tries(runs):
+    """What was declared since is no failure of the tries before."""
+
+    def attempt(number, cause, **intent):
+        intent = {"token": "t", "index": 0, "executor": "slurm", "time": 0.0, **intent}
+        return Attempt(number, intent, {"job_id": "1"}, None, None, {"class": cause})
+
+    def tries(*attempts, missing=2):
+        facts = Facts("k" * 16, "done", 4, attempts, steps=4, wanted=4, missing=missing)
+        return fruitless(facts), derive(facts, Snapshot(), 0.0).state.value
+
+    # It wrote its result, from a checkpoint of the last step: that is progress.
+    wrote = attempt(1, "crashed", step=4, missing=None)
+    assert tries(wrote) == (0, "FAILED")
+    assert derive(Facts("k" * 16, "done", 4, (wrote,), missing=2), Snapshot(), 0.0).start
+    assert tries(wrote, attempt(2, "crashed", step=4, missing=2))[0] == 1
+    assert tries(wrote, attempt(2, "crashed", step=4, missing=3))[0] == 0
+    finished = attempt(2, "done", step=4, missing=1)
+    assert tries(wrote, finished) == (0, "PLANNED")
+    assert tries(wrote, finished, attempt(3, "crashed", step=4, missing=2))[0] == 1
+    # As intents were before they said what was missing.
+    old = attempt(1, "crashed", step=0)
+    assert tries(old)[0] == 0
 
 
 def test_facts_of_a_trained_run_that_lacks_some(runs, wanted):
