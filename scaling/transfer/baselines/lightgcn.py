@@ -164,10 +164,10 @@ def _fit(
     for part in range(3) if problem.group is None else [0]:
         examples = np.flatnonzero(problem.part == part)
         lengths, items = latest(*problem.history, examples, np.iinfo(np.int64).max)
-        before = LightGCN(problem, (np.repeat(examples, lengths), items), texts)
-        before.load_state_dict(towers.state_dict())
-        before.to(users.device)
-        with torch.no_grad():
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            before = LightGCN(problem, (np.repeat(examples, lengths), items), texts)
+            before.load_state_dict(towers.state_dict())
+            before.to(users.device)
             before.refresh()
             users[examples] = before.user(torch.from_numpy(examples).to(users.device))
     return replace(found, before=users)
