@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from scaling.files import create_json, read_json
+from scaling.files import create_json, read_json, write_json
 from scaling.rundir import RunDir, Superseded, append_line, chunk_folder
 from scaling.slurm import job as job_module
 from scaling.slurm.claims import claim
@@ -187,7 +187,8 @@ class Waits(Exception):
 
 
 class Rank:
-    """The only rank of a job, without a process: the loop is simulated, and nothing else.
+    """The only rank of a job, without a process: training and evaluating are simulated, and nothing
+    else.
 
     Claim, checks and ends are ``scaling.slurm.job``'s own, records are ``RunDir``'s. The archive of
     the code and the packages are not looked at (``without_code``).
@@ -208,14 +209,20 @@ class Rank:
         self.key = (job["main"], index)
         self.commit_every = commit_every
         self.generation = self.done = 0
+        self.missing: int | None = None
         self.stop = SimpleNamespace(by="", since=0.0)
         self.status: int | None = None
         """Exit status of the process; None while it lives."""
 
     @property
     def trains(self) -> bool:
-        """It has passed all checks and may write."""
+        """It has passed all checks and may write, in training or in evaluating."""
         return self.status is None and self.generation > 0
+
+    @property
+    def evaluates(self) -> bool:
+        """It is in the second phase of its job."""
+        return self.trains and self.missing is not None
 
     def begin(self) -> None:
         """Claim and begin to train; with ``Waits`` from ``time.sleep`` it is to be tried again."""
@@ -237,7 +244,14 @@ class Rank:
             return
         self.allowance = attempt.intent.get("allowance_gpu_hours")
         self.done = max(self.run.committed_steps(), default=0)
-        self.seconds, self.last = self._committed_seconds(), time.time()
+        self.seconds = self._committed_seconds()
+        if self.run.result() is None:
+            self._open()
+        else:
+            self._begin_to_evaluate()
+
+    def _open(self, **more: Any) -> None:
+        self.last = time.time()
         self.generation = self.run.start_generation(
             {
                 "resumed_from": self.done,
@@ -246,20 +260,49 @@ class Rank:
                 "time": self.last,
                 "seconds": self.seconds,
                 "world_size": 1,
+                **more,
             }
         )
 
+    def _begin_to_evaluate(self) -> None:
+        if self.generation:  # it has trained
+            self.job = {**self.job, "began": time.time()}
+        self.missing = len(self.run.evaluations()[1])
+        if self.missing:
+            self._open(missing=self.missing)
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        job_module._record_end(self.run, self.number, self.job, "done", "")
+        self.status = 0
+
+    def _evaluate(self) -> None:
+        """One evaluation, as long as a step of training."""
+        if left := self.run.evaluations()[1]:
+            write_json(self.run.path / "transfer" / f"{left[0]}.json", {"key": left[0]})
+        self.seconds, self.last = self.seconds + time.time() - self.last, time.time()
+        row = {"step": self.done, "seconds": self.seconds, "missing": len(left[1:])}
+        with open(self.run.metrics_path(self.generation), "ab") as file:
+            append_line(file, {"kind": "evaluation", **row})
+        if not left[1:]:
+            self._end()
+
     def step(self) -> None:
-        """Stop, or do one step, which is written down at the time that it is now."""
+        """Stop, or do one step or evaluation, written down at the time that it is now."""
         if self.allowance is not None and self._spent() > float(self.allowance):
             self.stop.by = self.stop.by or BUDGET  # as the alarm does
         try:
             if self.stop.by:
-                self._commit()
+                if not self.evaluates:
+                    self._commit()
                 attempt = next(a for a in self.run.attempts() if a.number == self.number)
                 stop: Any = SimpleNamespace(by=self.stop.by, since=time.monotonic())
                 job_module._stopped(self.run, attempt, self.job, stop)
                 self.status = 0
+                return
+            if self.evaluates:
+                self._evaluate()
                 return
             self.done += 1
             self.seconds, self.last = self.seconds + time.time() - self.last, time.time()
@@ -273,8 +316,7 @@ class Rank:
                 result = {"status": "done", "step": steps, "world_size": 1}
                 result |= {"gpu_hours": self.run.gpu_hours(), "loss": 1.0, "train_loss": 1.0}
                 self.run.write_result(self.generation, result)
-                job_module._record_end(self.run, self.number, self.job, "done", "")
-                self.status = 0
+                self._begin_to_evaluate()
         except Superseded:
             self.status = EXIT_SUPERSEDED
 

@@ -1,5 +1,6 @@
 """Random histories of a sweep (F18): several logins, a Slurm that fails, jobs that come and go.
 
+Their runs are wanted evaluated, and more so as time passes.
 The driver (submit, sync, status, cancel) and the jobs' claims, checks and ends are the real ones.
 To be fast, the fake Slurm's commands are called in this process instead of being run
 (``scheduler.command``), ``launcher.start_array`` hands it the three options that it reads instead
@@ -34,7 +35,7 @@ from hypothesis.stateful import (
 )
 from scenario import FakeSlurm, Rank, Waits, whole, without_code
 
-from scaling.config import DataConfig, ModelConfig, PoolConfig, RunConfig
+from scaling.config import DataConfig, Evaluation, ModelConfig, PoolConfig, RunConfig
 from scaling.files import write_json
 from scaling.rundir import RunDir
 from scaling.slurm import budget, job, scheduler, submission, sync
@@ -60,6 +61,10 @@ RUNS = tuple(
         seed=seed,
     )
     for seed in range(3)
+)
+TASKS = tuple(
+    Evaluation(corpus_digest="a" * 16, task=task, task_digest="t" * 16)
+    for task in ("books", "food", "kitchen")
 )
 FAILED = ("FAILED", "NODE_FAIL", "TIMEOUT", "PREEMPTED", "OUT_OF_MEMORY")
 ALIVE = ("RUNNING", "COMPLETING")
@@ -102,9 +107,12 @@ class Sweep(RuleBasedStateMachine):
         patch(RunDir, "record", lambda *a: self.ticking(self.record, *a))
         patch(submission, "write_json", lambda *a: self.ticking(self.write, *a))
         self.runs = [RunDir.create(self.root, config, "none") for config in RUNS]
+        for run, count in zip(self.runs, (0, 1, 2), strict=True):
+            run.want(TASKS[:count])
         self.ranks: list[Rank] = []
         self.zombies: list[Rank] = []
-        self.results: dict[str, bytes] = {}
+        self.results: dict[Path, bytes] = {}
+        self.trained: dict[str, int] = {}
         self.cancelled: dict[str, int] = {}
         self.faults: dict[str, object] = {}
         self.ticks, self.at, self.what = 0, 0, ""
@@ -254,8 +262,15 @@ class Sweep(RuleBasedStateMachine):
         with contextlib.suppress(SubmissionError):
             cancelling.cancel(chosen)
         for run in chosen:
-            if run.result() is None:
+            if not run.over():
                 self.cancelled[run.run_key] = len(run.generations())
+
+    @rule(mask=st.integers(1, 7), task=st.sampled_from(TASKS))
+    def want(self, mask: int, task: Evaluation) -> None:
+        """A task is added to the sweep."""
+        for i, run in enumerate(self.runs):
+            if mask >> i & 1:
+                run.want([task])
 
     # rules: Slurm
 
@@ -384,11 +399,15 @@ class Sweep(RuleBasedStateMachine):
     @invariant()
     def done_is_the_end(self) -> None:
         for run in self.runs:
-            path = run.path / "result.json"
-            if run.run_key in self.results:
-                assert path.read_bytes() == self.results[run.run_key]
-            elif path.exists():
-                self.results[run.run_key] = path.read_bytes()
+            result, records = run.path / "result.json", [*run.path.glob("transfer/*.json")]
+            for path in (result, *records):
+                if path.exists():
+                    assert path.read_bytes() == self.results.setdefault(path, path.read_bytes())
+            if result.exists():
+                trains = sum("missing" not in start for start in run.starts())
+                assert self.trained.setdefault(run.run_key, trains) == trains, "trained again"
+            else:
+                assert not records, "evaluated before it was trained"
 
     @invariant()
     def cancelled_is_not_restarted(self) -> None:
@@ -413,20 +432,21 @@ class Sweep(RuleBasedStateMachine):
                 shutil.rmtree(self.folder, ignore_errors=True)
 
     def all_of_it_ends_well(self) -> None:
-        """Faults are over, and somebody asks for all runs: each is trained to its end."""
+        """Faults are over, and somebody asks for all runs: each is trained to its end, and then
+        evaluated."""
         self.fault(None, (), None)
         self.late_jobs_arrive()
         if self.budget_hours is not None:
             budget.set_budget(self.root, "s", 1000.0, self.runs)
         for passes in itertools.count():
-            assert passes < 12, [r.result() for r in self.runs]
+            assert passes < 12, [(r.result(), r.evaluations()) for r in self.runs]
             while self.ranks:
                 for _ in range(2 * STEPS):
                     self.step(0, 1) if self.ranks else None
                 self.ranks[:] = self.ranks[1:] + self.ranks[:1]
             self.one_writer()
             self.done_is_the_end()
-            if all(run.result() for run in self.runs):
+            if all(run.over() for run in self.runs):
                 break
             self.now += 4000.0
             self.drive("again")
@@ -445,7 +465,7 @@ class Sweep(RuleBasedStateMachine):
 class BudgetedSweep(Sweep):
     """As above, with money for two of the three runs at a time."""
 
-    budget_hours = 0.16
+    budget_hours = 0.22
 
 
 CHECKS = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much)
