@@ -1,6 +1,9 @@
 """Vectors of texts against dense formulas."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -8,8 +11,10 @@ import pytest
 from scipy.sparse import csr_array
 
 from scaling.data.corpus import Corpus
-from scaling.transfer.problem import TransferError
-from scaling.transfer.texts import reduced, sentence_vectors, tfidf
+from scaling.data.tasks import Task
+from scaling.transfer.baselines import Context
+from scaling.transfer.problem import TransferError, pose
+from scaling.transfer.texts import WIDTH, reduced, sentence_vectors, tfidf
 
 
 @pytest.fixture
@@ -44,9 +49,48 @@ def test_the_reduction_has_the_leading_singular_vectors(width: int) -> None:
     np.testing.assert_array_equal(reduced(csr_array(matrix), width), found)
 
 
+def test_vectors_of_texts_are_as_alike_as_the_texts(corpus: Corpus) -> None:
+    """Of rank 256 or less nothing is lost by the reduction."""
+    matrix = tfidf(corpus, corpus.service_items("books"))
+    assert np.linalg.matrix_rank(matrix.toarray()) < WIDTH
+    vectors = reduced(matrix).astype(float)
+    np.testing.assert_allclose(vectors @ vectors.T, (matrix @ matrix.T).toarray(), atol=1e-5)
+
+
 def test_sentence_transformers_that_are_not_there(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(TransferError, match=r"pip install clue-scaling\[text\]"):
         sentence_vectors(corpus, np.arange(3), tmp_path)
+
+
+class LengthsOfTexts:
+    """In place of a model, which needs weights: a text's vector is its letters and its words."""
+
+    def __init__(self, folder: str, *, local_files_only: bool) -> None:
+        assert Path(folder).is_dir()
+        assert local_files_only
+
+    def encode(self, texts: Sequence[str], *, convert_to_numpy: bool) -> np.ndarray:
+        assert convert_to_numpy
+        return np.array([(len(text.replace(" ", "")), len(text.split())) for text in texts], float)
+
+
+def test_sentence_transformers_are_given_the_texts_in_order(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = ModuleType("sentence_transformers")
+    package.SentenceTransformer = LengthsOfTexts  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sentence_transformers", package)
+    task = pose(corpus, Task.open(corpus, "beauty"))
+    with pytest.raises(TransferError, match=r"model: not a folder of a sentence-transformers"):
+        _ = Context(corpus, task, tmp_path / "model").texts
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "modules.json").write_text("[]")
+    found = Context(corpus, task, tmp_path / "model").texts
+    assert found.dtype == np.float32
+    # Texts are made of three words, and items numbered by text within a service.
+    logs = (corpus.path.parent.parent / "logs.csv").read_text().splitlines()[1:]
+    texts = sorted({line.split(",")[2] for line in logs if line.split(",")[1] == "beauty"})
+    assert found.tolist() == [[len(text.replace(" ", "")), 3] for text in texts]
