@@ -6,7 +6,8 @@ states are enumerated breadth first, so a counterexample is a shortest one. What
 decide is the real code (``derive``, ``refusal``, ``predecessors``); the order of steps is written
 here after ``sync``, ``submission``, ``job`` and ``cancel``. Steps are atomic, as ``link`` and
 ``rename`` are, and records are seen at once: a file system that lags is not modelled, so neither
-is ``settle_s``. Of a job there is its rank 0, the one that decides.
+is ``settle_s``. Of a job there is its rank 0, the one that decides. Where a run is wanted
+evaluated, its job does that once there is a result, and a task may be declared when all is over.
 """
 
 import gc
@@ -43,6 +44,8 @@ class Try(NamedTuple):
     """Committed step when it was made."""
     again: bool = False
     """It was made for somebody who knew that the run was cancelled."""
+    trained: bool = False
+    """It was made to evaluate: there was a result."""
     old: bool = False
     """Its quarantine is over, or if it has a submit record, the time for news of its job."""
     submit: bool = False
@@ -62,7 +65,10 @@ class World(NamedTuple):
     tries: tuple[Try, ...] = ()
     step: int = 0
     """Newest committed step, 0 or 1; a result needs 1."""
+    trained: bool = False
+    """There is a result."""
     done: bool = False
+    """There is nothing left to do: it is evaluated too, if that is wanted."""
     logins: tuple[tuple[Any, ...], ...] = ()
     zombie: tuple[int, str, bool] | None = None
     """A process that Slurm thinks dead: index of its attempt, what it does next, and whether a
@@ -77,6 +83,12 @@ class World(NamedTuple):
     zombies: int = 0
     cancels: int = 0
     asks: int = 0
+    declares: int = 0
+
+    @property
+    def stage(self) -> int:
+        """0: not trained; 1: trained, and not evaluated; 2: over."""
+        return self.trained + self.done
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,10 @@ class Bounds:
     """Times that somebody asks for a failed or cancelled run again."""
     silent: bool = False
     """The controller may not answer a login process."""
+    evaluates: bool = False
+    """The run is wanted evaluated."""
+    declares: int = 0
+    """Tasks declared when all is over."""
     window: bool = False
     """Time passes between a look at the fence and the commit behind it."""
 
@@ -125,6 +141,8 @@ class Protocol:
     cancel_is_inherited: bool | None = True
     """An attempt after a cancelled one is cancelled, unless it was asked for. None: as ``derive``
     and ``refusal`` do."""
+    result_ends_training: bool = True
+    """A job that finds a result evaluates only."""
     cancel_looks_last: bool = True
     """``cancel`` asks for the jobs of all attempts, after it has marked them."""
 
@@ -149,7 +167,9 @@ class Edge(NamedTuple):
 
 
 IDLE = ("idle",)
-TRAINING = frozenset(("open", "write", "stale", "fenced", "fenced stale"))
+WRITING = ("write", "stale", "fenced", "fenced stale")
+EVALUATING = ("next", "evaluate", "say")
+TRAINING = frozenset(("open", *WRITING, *EVALUATING))
 """What a process does after its last look."""
 
 # the decisions, from the real code
@@ -167,6 +187,7 @@ class Seen(NamedTuple):
     cancel: bool = False
     end: str = ""
     again: bool = False
+    trained: bool = False
 
 
 def seen(tries: tuple[Try, ...], inherited: bool | None) -> tuple[Seen, ...]:
@@ -174,7 +195,7 @@ def seen(tries: tuple[Try, ...], inherited: bool | None) -> tuple[Seen, ...]:
     for t in tries:
         cancel = t.cancel or (inherited is True and cancel and not t.again)
         again = t.again if inherited is None else True
-        found.append(Seen(t.step, t.submit, t.claim, cancel, t.end, again))
+        found.append(Seen(t.step, t.submit, t.claim, cancel, t.end, again, t.trained))
     return tuple(found)
 
 
@@ -184,6 +205,7 @@ def records_of(tries: tuple[Seen, ...], since: float) -> tuple[Attempt, ...]:
     for number, t in enumerate(tries, 1):
         job = {"job_id": str(number), "time": since}
         intent = {"token": f"t{number}", "index": 0, "executor": "slurm", "step": t.step}
+        intent["missing"] = 1 if t.trained else None
         found.append(
             Attempt(
                 number,
@@ -201,14 +223,16 @@ def records_of(tries: tuple[Seen, ...], since: float) -> tuple[Attempt, ...]:
 def verdict(
     tries: tuple[Seen, ...],
     step: int,
-    done: bool,
+    stage: int,
     asked: int,
     word: str,
     since: float,
     rules: Rules,
 ) -> Verdict:
     """``derive`` on these records and a snapshot of the job of attempt ``asked`` alone."""
-    facts = Facts("k" * 16, "done" if done else None, step, records_of(tries, since))
+    facts = Facts(
+        "k" * 16, "done" if stage else None, step, records_of(tries, since), missing=stage == 1
+    )
     jobs = {(f"t{asked}", 0): Job(str(asked), word)} if word not in ("", "!") else {}
     return derive(facts, Snapshot(jobs, word != "!"), NOW, rules)
 
@@ -254,7 +278,7 @@ class Model:
         b = self.bounds
         return World(
             logins=(IDLE,) * b.logins, crashes=b.crashes, lost=b.lost, faults=b.faults,
-            zombies=b.zombies, cancels=b.cancels, asks=b.asks,
+            zombies=b.zombies, cancels=b.cancels, asks=b.asks, declares=b.declares,
         )  # fmt: skip
 
     def _seen(self, w: World) -> tuple[Seen, ...]:
@@ -278,6 +302,9 @@ class Model:
                 after = changed(w, i, end="comm")._replace(zombie=None)
                 yield Edge(f"zombie {i + 1} fails and says so", after, fault=True)
         yield from self._person(w)
+        if w.done and w.declares:
+            after = w._replace(done=False, declares=w.declares - 1)
+            yield Edge("a task is declared", after, fault=True)
         if w.tries and not w.tries[-1].old and not w.done:
             yield Edge("time passes", changed(w, len(w.tries) - 1, old=True))
 
@@ -341,7 +368,8 @@ class Model:
             if len(w.tries) == number and number < self.bounds.attempts:
                 # Of older attempts nobody asks how old they are.
                 past = tuple(t._replace(old=False, submit=False) for t in w.tries)
-                after = to(w, "sbatch", number)._replace(tries=(*past, Try(step, knows)))
+                new = Try(step, knows, w.trained)
+                after = to(w, "sbatch", number)._replace(tries=(*past, new))
                 yield Edge(f"{who} makes attempt {number + 1}", after)
             elif len(w.tries) > number and not self.protocol.exclusive_intent:
                 yield Edge(f"{who} makes attempt {number + 1} again", to(w, "sbatch", number))
@@ -384,7 +412,7 @@ class Model:
         answered = word != "!"
         if not answered and not self.protocol.silence_is_no_verdict:
             word = ""
-        v = verdict(tries, step, w.done and not kept, number, word, since, self.rules)
+        v = verdict(tries, step, 0 if kept else w.stage, number, word, since, self.rules)
         if (not answered and self.protocol.silence_is_no_verdict) or not _wanted(v, ask):
             return None
         newest = w.tries[-1] if w.tries else None
@@ -416,7 +444,7 @@ class Model:
         elif t.job == "PENDING":
             yield Edge(f"job {n} starts", changed(w, i, job="RUNNING", process="look"))
         elif t.process == "exit":
-            word = "FAILED" if t.end else "COMPLETED"
+            word = "FAILED" if t.end not in ("", "done") else "COMPLETED"
             yield Edge(f"job {n} ends", changed(w, i, job=word, process=""))
         elif w.faults:
             hurt = w._replace(faults=w.faults - 1)
@@ -467,9 +495,20 @@ class Model:
                 yield "looks again and leaves", "", w, ""
             else:
                 yield "looks again and trains", "open", w, self._wrongly(w, i)
+        elif process == "next" or (
+            process == "open" and w.trained and self.protocol.result_ends_training
+        ):
+            if w.done:
+                yield "finds nothing to evaluate", "say", w, ""
+            else:
+                yield "opens a generation to evaluate", "evaluate", self._opened(w, i, zombie), ""
+        elif process == "evaluate":
+            yield "evaluates", "say", self._over(w), ""
+        elif process == "say":
+            yield "says that it is done", "exit", self._said(w, i), ""
         elif process == "open":
             # Only a zombie may have written a result since the last look.
-            wrong = w.done and not self.bounds.zombies
+            wrong = w.trained and not self.bounds.zombies
             yield (
                 "opens a generation", "write", self._opened(w, i, zombie),
                 "done is the end" if wrong else "",
@@ -488,9 +527,21 @@ class Model:
         broken = "one writer" if "stale" in process else ""
         if not w.step:
             return "commits", "stale" if broken else "write", w._replace(step=1), broken
+        if self.bounds.evaluates:
+            return "writes the result", "next", w._replace(trained=True), broken
+        return "writes the result", "exit", self._over(w), broken
+
+    def _over(self, w: World) -> World:
+        w = w._replace(trained=True, done=True)
+        if w.declares:
+            return w
         # What may go wrong afterwards is no news.
-        over = w._replace(done=True, crashes=0, lost=0, faults=0, zombies=0, cancels=0)
-        return "writes the result", "exit", over, broken
+        return w._replace(crashes=0, lost=0, faults=0, zombies=0, cancels=0)
+
+    def _said(self, w: World, i: int) -> World:
+        """Unless a later start of its job is writing (``job._record_end``)."""
+        later = w.zombie is not None and w.zombie[0] == i and w.zombie[2]
+        return w if w.tries[i].end or later else changed(w, i, end="done")
 
     def _wrongly(self, w: World, i: int) -> str:
         """A process begins to train: may it, by what the records say now?"""
@@ -527,7 +578,7 @@ class Model:
             last = w.tries[-1] if w.tries else None
             word = visible(last.job) if last else ""
             since = OLD if last and last.old else YOUNG
-            v = verdict(self._seen(w), w.step, False, len(w.tries), word, since, self.rules)
+            v = verdict(self._seen(w), w.step, w.stage, len(w.tries), word, since, self.rules)
             if not v.over:
                 reach = len(w.tries) if word in ("PENDING", "RUNNING") else 0
                 after = w._replace(
@@ -650,24 +701,24 @@ def _bad(w: World, model: Model) -> str:
     if w.tries:
         last = w.tries[-1]
         now = (OLD if last.old else YOUNG), visible(last.job)
-        if not _calm(model._seen(w), w.step, w.done, *now, model.rules):
+        if not _calm(model._seen(w), w.step, w.stage, *now, model.rules):
             return "a second pass does nothing"
     return ""
 
 
 @cache
 def _calm(
-    tries: tuple[Seen, ...], step: int, done: bool, since: float, word: str, rules: Rules
+    tries: tuple[Seen, ...], step: int, stage: int, since: float, word: str, rules: Rules
 ) -> bool:
     """A pass that follows a pass at once, on whatever answer of sbatch, does nothing."""
-    v = verdict(tries, step, done, len(tries), word, since, rules)
+    v = verdict(tries, step, stage, len(tries), word, since, rules)
     if not v.start:
         return True
     if v.state in (State.FAILED, State.LOST) and not tries[-1].end:
         tries = (*tries[:-1], tries[-1]._replace(end=str(v.cause)))
     new = len(tries) + 1
     return not any(
-        verdict((*tries, Seen(step, submit)), step, done, new, job, YOUNG, rules).start
+        verdict((*tries, Seen(step, submit)), step, stage, new, job, YOUNG, rules).start
         for submit, job in ((True, "PENDING"), (False, "PENDING"), (False, ""))
     )
 
@@ -695,7 +746,7 @@ def _ended(w: World, model: Model) -> bool:
     if not w.tries:
         return False
     last = w.tries[-1]
-    v = verdict(model._seen(w), w.step, w.done, len(w.tries), visible(last.job), OLD, model.rules)
+    v = verdict(model._seen(w), w.step, w.stage, len(w.tries), visible(last.job), OLD, model.rules)
     return v.over or (v.start and len(w.tries) == model.bounds.attempts)
 
 
@@ -719,6 +770,18 @@ WORLDS = {
     "processes outlive their jobs": (Bounds(logins=1, faults=2, zombies=1), 80_000),
     "a person cancels": (Bounds(logins=1, crashes=1, faults=1, cancels=1), 80_000),
     "a person cancels and asks again": (Bounds(logins=1, cancels=1, asks=1), 10_000),
+    "evaluated: jobs die": (Bounds(logins=1, attempts=3, faults=2, evaluates=True), 20_000),
+    "evaluated: an answer is lost": (Bounds(logins=1, attempts=3, lost=1, evaluates=True), 2_500),
+    "evaluated: processes outlive their jobs": (
+        Bounds(logins=1, faults=1, zombies=1, evaluates=True), 20_000,
+    ),
+    "evaluated: a person cancels and asks again": (
+        Bounds(logins=1, cancels=1, asks=1, evaluates=True), 30_000,
+    ),
+    "evaluated: declared later, by two logins": (Bounds(evaluates=True, declares=1), 80_000),
+    "evaluated: declared later, jobs die": (
+        Bounds(logins=1, attempts=3, faults=1, evaluates=True, declares=1), 7_000,
+    ),
 }  # fmt: skip
 """What may go wrong, and how many states there are at least: an exploration that finds no way out
 of the first few proves nothing."""
@@ -744,7 +807,7 @@ MUTATIONS = [
     ({"second_look": False}, LOST, "who must not run leaves"),
     ({"second_look": False}, LOST, "one training job"),
     ({"predecessors": False}, LOST, "one training job"),
-    ({"predecessors": False}, LOST, "done is the end"),
+    ({"predecessors": False, "result_ends_training": False}, LOST, "done is the end"),
     ({"asks_about_ended": False}, LOST, "one training job"),
     ({"asks_about_ended": False}, Bounds(logins=1, faults=2), "one training job"),
     ({"asks_about_ended": False}, Bounds(logins=1, faults=1, zombies=1), "one training job"),
@@ -758,6 +821,9 @@ MUTATIONS = [
     ({"records_again": False}, ONE, "done is the end"),
     ({"exclusive_intent": False}, Bounds(), "one job"),
     ({"cancel_is_inherited": False}, Bounds(logins=1, cancels=1), "cancelled stays cancelled"),
+    ({"result_ends_training": False}, Bounds(logins=1, faults=1, evaluates=True),
+     "done is the end"),
+    ({"predecessors": False}, Bounds(logins=1, lost=1, evaluates=True), "one training job"),
     ({"cancel_looks_last": False}, Bounds(logins=1, cancels=1), "cancel reaches the job"),
 ]  # fmt: skip
 
