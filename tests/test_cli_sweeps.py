@@ -4,16 +4,20 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from test_cli import ROOT, SWEEP, call, refused, study, tree  # noqa: F401
 
+from scaling.data.corpus import Corpus
 from scaling.data.prepare import prepare, read_card
 from scaling.rundir import RunDir
 from scaling.sweeps import Grid, write_sweep
+from scaling.transfer.evaluate import evaluate
 
 SCONTROL = """#!/bin/sh
 echo 'MaxArraySize            = 3'
@@ -330,3 +334,56 @@ def test_a_dry_run_says_what_runs_are_evaluated_on(transferring, monkeypatch):
     ]  # fmt: skip
     assert "would submit 2 of 2 runs" in said
     assert tree(study) == before
+
+
+@pytest.mark.slow
+def test_a_sweep_is_trained_and_evaluated_and_a_later_task_is_evaluated_alone(transferring):
+    study = transferring(  # noqa: F811
+        'tasks = ["books"]\nheads = ["u-mlp", "linear"]\nfolds = 2', users=200
+    )
+    words = ["submit", study / "study.toml", "--cluster", study / "local.toml", "--root", study]
+    rows = json.loads(call(*words, "--watch", "--json").stdout)
+    assert [(r["state"], r["evaluated"], r["wanted"]) for r in rows] == [("DONE", 2, 2)] * 2
+    runs = [RunDir(study, row["run_key"]) for row in rows]
+    for run in runs:
+        assert run.over()
+        assert run.generations() == [1, 2]
+        for path in (run.path, *run.path.rglob("*")):
+            assert path.stat().st_mode & 0o077 == 0, path
+    before = [tree(run.path) for run in runs]
+    assert "would submit 0 of 2 runs" in call(*words, "--dry-run").stdout
+    assert {r["action"] for r in json.loads(call(*words, "--json").stdout)} == {None}
+    assert [tree(run.path) for run in runs] == before
+    # What a job leaves is what evaluating by hand leaves.
+    corpus = Corpus.find(study, runs[0].spec().data.corpus_digest)
+    for run in runs:
+        copy = RunDir(study / "copy", run.run_key)
+        shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("transfer"))
+        evaluate(copy, corpus, run.wanted())
+        for one in run.wanted():
+            left, again = (r.path / "transfer" / f"{one.key}.json" for r in (run, copy))
+            assert json.loads(left.read_text()) == json.loads(again.read_text())
+    # A task is added: it is evaluated, and nothing is trained or evaluated again.
+    text = (study / "study.toml").read_text()
+    (study / "study.toml").write_text(text.replace('["books"]', '["books", "beauty"]'))
+    said = call(*words, "--dry-run").stdout
+    assert "would submit 2 of 2 runs" in said
+    assert len(re.findall(r"beauty-[a-z2-7]{8}", said)) == 2
+    said = call("status", study / "study.toml", "--root", study).stdout
+    assert "2 runs: 2 DONE" in said  # nobody has declared it yet
+    result = call(*words, "--watch")
+    assert result.stdout.splitlines()[-1] == "2 runs: 2 DONE", result.output
+    rows = json.loads(call("status", study / "study.toml", "--root", study, "--json").stdout)
+    assert [(r["evaluated"], r["wanted"], r["attempts"]) for r in rows] == [(4, 4, 2)] * 2
+    for run, files in zip(runs, before, strict=True):
+        assert files.items() <= tree(run.path).items()
+        assert [s.get("missing") for s in run.starts()] == [None, 2, 2]
+    call("collect", study / "study.toml", "--root", study, "--results", study / "results")
+    table = pq.read_table(study / "results/study/transfer.parquet").to_pylist()
+    found = {(r["run_key"], r["task"], r["system"]) for r in table if r["run_key"]}
+    assert found == {
+        (run.run_key, task, system)
+        for run in runs
+        for task in ("books", "beauty")
+        for system in ("clue/u-mlp", "clue/linear")
+    }
