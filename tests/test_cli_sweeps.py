@@ -328,7 +328,7 @@ def test_a_dry_run_says_what_runs_are_evaluated_on(transferring, monkeypatch):
     before = tree(study)
     words = ["submit", study / "study.toml", "--cluster", study / "local.toml", "--root", study]
     said = call(*words, "--dry-run").stdout
-    (line,) = re.findall("^each is then evaluated: (.*)$", said, re.MULTILINE)
+    (line,) = re.findall("^and evaluate, where that is missing: (.*)$", said, re.MULTILINE)
     assert [re.sub("-[a-z2-7]{8}$", "", key) for key in line.split(", ")] == [
         "books", "books", "beauty", "beauty",
     ]  # fmt: skip
@@ -369,6 +369,10 @@ def test_a_sweep_is_trained_and_evaluated_and_a_later_task_is_evaluated_alone(tr
     said = call(*words, "--dry-run").stdout
     assert "would submit 2 of 2 runs" in said
     assert len(re.findall(r"beauty-[a-z2-7]{8}", said)) == 2
+    header, *table = (line.split() for line in said.splitlines()[:3])
+    assert header[3:] == ["step", "steps", "evaluated", "wanted"]
+    assert [line[3:] for line in table] == [["20", "20", "2", "4"]] * 2
+    assert ", 0 PF-days" in said  # there is nothing to train
     said = call("status", study / "study.toml", "--root", study).stdout
     assert "2 runs: 2 DONE" in said  # nobody has declared it yet
     result = call(*words, "--watch")
