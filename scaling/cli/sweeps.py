@@ -37,12 +37,11 @@ if TYPE_CHECKING:
 Rows = Sequence[Mapping[str, Any]]
 STATUS_SHOWN = (
     "run_key", "state", "job_state", "job_id", "attempts", "step", "steps", "loss", "train_loss",
-    "evaluated",
-    "eta_s", "gpu_hours", "estimate_gpu_hours", "progress_age_s", "cause",
+    "evaluated", "wanted", "eta_s", "gpu_hours", "estimate_gpu_hours", "progress_age_s", "cause",
 )  # fmt: skip
 STATUS_DROPPED = (
-    "evaluated", "estimate_gpu_hours", "job_state", "job_id", "train_loss", "progress_age_s",
-    "attempts", "steps", "gpu_hours", "loss", "eta_s",
+    "wanted", "evaluated", "estimate_gpu_hours", "job_state", "job_id", "train_loss",
+    "progress_age_s", "attempts", "steps", "gpu_hours", "loss", "eta_s",
 )  # fmt: skip
 STATUS_NEW = {"state": "PLANNED", "attempts": 0, "step": 0, "held": False, "stalled": False,
               "over": False}  # fmt: skip
@@ -119,13 +118,16 @@ def submit(
         for size, script in seen.arrays:
             typer.echo(f"# ---- an array of {size} runs\n{script}\n")
         rows = [row for row in seen.rows if row["action"]]
-        print_table(rows, ["run_key", "state", "attempts", "step", "steps"])
+        shown = ["run_key", "state", "attempts", "step", "steps", "evaluated", "wanted"]
+        print_table(rows, shown if wanted else shown[:5])
         typer.echo(f"would submit {len(rows)} of {len(planned)} runs")
         if wanted:
             keys = ", ".join(evaluation.key for evaluation in wanted)
-            typer.echo(f"each is then evaluated: {keys}")
+            typer.echo(f"and evaluate, where that is missing: {keys}")
     if costs:
-        days = sum(p.row["pf_days_exact"] for p in planned if p.row["run_key"] in seen.costs)
+        trained = {row["run_key"] for row in seen.rows if row["step"] == row["steps"]}
+        train = seen.costs.keys() - trained
+        days = sum(p.row["pf_days_exact"] for p in planned if p.row["run_key"] in train)
         price = bill(costs, days, profile, profile.max_parallel)
         typer.echo(price, err=as_json or not dry_run)
         if holding:
@@ -314,7 +316,7 @@ def collect(sweep: SweepFile, root: Root = WORK, results: Results = RESULTS) -> 
 def _with_new(rows: Rows, planned: "Sequence[PlannedRun]") -> list[dict[str, Any]]:
     """Status rows of all planned runs: those found, and those that nobody has submitted yet."""
     found = {row["run_key"]: dict(row) for row in rows}
-    missing = dict.fromkeys((*STATUS_SHOWN, "wanted", "evidence", "stale"))
+    missing = dict.fromkeys((*STATUS_SHOWN, "evidence", "stale"))
     named = [{name: p.row[name] for name in ("run_key", "steps")} for p in planned]
     return [{**found.get(row["run_key"], missing | STATUS_NEW), **row} for row in named]
 
