@@ -377,6 +377,9 @@ def lint_table(
             ``candidates`` holds for its row. Other columns may be anything.
         candidates: of rows that do not say it.
         tolerance: half a unit of the last printed digit.
+
+    Raises:
+        MetricError: a mean is infinite.
     """
     found = {}
     for at, row in enumerate(rows):
@@ -405,8 +408,11 @@ def lint_metrics(
         One message for each metric, with the range the others leave it; empty if possible.
 
     Raises:
-        MetricError: no metric has such a name.
+        MetricError: no metric has such a name, or a mean is NaN or infinite.
     """
+    for name, value in row.items():
+        if not np.isfinite(value):
+            raise MetricError(f"{name} is {value}; a mean is finite, or left out of its row")
     # Beyond the last cut-off only MRR tells ranks apart, and its ends there span all between.
     told_apart = max((_parsed(name)[1] or 0 for name in row), default=0) + 1
     ranks = np.union1d(np.arange(1, min(told_apart, candidates) + 1), [candidates])
@@ -443,4 +449,6 @@ def _least(
         bounds=(0, 1),
         method="highs",
     )
+    if solution.status not in (0, 2):  # neither solved nor impossible
+        raise MetricError(f"the check of {dict(means)} did not end: {solution.message}")
     return None if solution.fun is None else float(solution.fun)

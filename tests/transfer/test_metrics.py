@@ -717,6 +717,19 @@ def test_lint_names_the_metric_and_the_range_left_to_it() -> None:
     assert message == f"ndcg_10 = 0.5 is outside [0.9000, {top:.4f}] given hr_1 = 0.9"
 
 
+def test_lint_refuses_what_is_no_mean_and_a_program_that_failed(monkeypatch) -> None:
+    for value in (math.nan, math.inf):
+        with pytest.raises(MetricError, match=f"mrr is {value}; a mean is finite"):
+            lint_metrics({"hr_1": 0.3, "mrr": value})
+    with pytest.raises(MetricError, match="hr_1 is inf"):
+        lint_table([{"hr_1": math.inf}])
+    # A solver that gives up says nothing of the row: it is not to be called impossible.
+    solve = metrics.linprog
+    monkeypatch.setattr(metrics, "linprog", lambda *a, **k: solve(*a, **k, options={"maxiter": 0}))
+    with pytest.raises(MetricError, match=r"\{'hr_1': 0.3, 'ndcg_10': 0.4\} did not end"):
+        lint_metrics({"hr_1": 0.3, "ndcg_10": 0.4})
+
+
 def test_lint_of_a_table_passes_over_what_is_missing_or_no_metric() -> None:
     rows = [
         {"system": "a", "hr_1": 0.3, "hr_10": None, "mrr": math.nan, "hr_1_low": 9.0, "loss": 7.0},
