@@ -39,8 +39,8 @@ def evaluate_missing(
         ClueError: an evaluation left no record; and whatever ``evaluate`` raises.
     """
     missing = run.evaluations()[1]
-    if not missing:
-        return True
+    if not missing or should_stop():
+        return not missing
     result = run.result() or {}
     at = {"step": int(result["step"]), "seconds": float(result.get("seconds") or 0.0)}
     generation = run.start_generation(
