@@ -323,7 +323,7 @@ def test_evaluations_that_cannot_be_are_refused_before_anything_is_written(
     assert tree(study) == before
 
 
-def test_a_dry_run_says_what_runs_are_evaluated_on(transferring, monkeypatch):
+def test_a_dry_run_says_what_runs_are_evaluated_on(transferring):
     study = transferring('tasks = ["books", "beauty"]\nheads = ["u-mlp", "linear"]')  # noqa: F811
     before = tree(study)
     words = ["submit", study / "study.toml", "--cluster", study / "local.toml", "--root", study]
@@ -333,7 +333,14 @@ def test_a_dry_run_says_what_runs_are_evaluated_on(transferring, monkeypatch):
         "books", "books", "beauty", "beauty",
     ]  # fmt: skip
     assert "would submit 2 of 2 runs" in said
+    assert f"each is then evaluated: {line}\n" in call("plan", *words[1:2], *words[4:]).stdout
+    hours = [row["gpu_hours"] for row in json.loads(call("plan", *words[1:], "--json").stdout)]
     assert tree(study) == before
+    text = (study / "study.toml").read_text()
+    (study / "study.toml").write_text(text[: text.index("[transfer]")])
+    alone = [row["gpu_hours"] for row in json.loads(call("plan", *words[1:], "--json").stdout)]
+    assert [a - b for a, b in zip(hours, alone, strict=True)] == pytest.approx([4 / 60] * 2)
+    assert "evaluated" not in call("plan", *words[1:2], *words[4:]).stdout
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def plan(
     with logs must be prepared first; a nominal one is planned from its statistics.
 
     With --cluster also GPU-hours (on CPUs hours of ranks), hours of wall time and disk, from what
-    finished runs took there, else from a stated model (basis).
+    finished runs took there, else from a stated model (basis); a minute for each evaluation.
 
     \b
     Example:
@@ -57,13 +57,15 @@ def plan(
     from dataclasses import asdict
 
     from scaling.slurm.profile import ClusterProfile
+    from scaling.transfer.declared import declared
 
     if parallel and not cluster:
         raise ClueError("--parallel: of the wall time on a cluster; give --cluster, too")
-    _, card, runs = planned_runs(sweep, root, nominal=True)
+    grid, card, runs = planned_runs(sweep, root, nominal=True)
+    wanted = declared(root, grid, card)
     rows = [dict(run.row) for run in runs]
     profile = ClusterProfile.read(cluster) if cluster else None
-    costs = costs_of(runs, profile, root) if profile else []
+    costs = costs_of(runs, profile, root, len(wanted)) if profile else []
     for row, cost in zip(rows, costs, strict=False):
         row.update(asdict(cost))
     if as_json:
@@ -82,20 +84,30 @@ def plan(
     ):
         total, in_days = (sum(r[k] for r in rows) for k in (flops, days))
         typer.echo(f"{name}: {in_days:.4g} PF-days, {total:.4g} FLOPs")
+    if wanted:
+        keys = ", ".join(evaluation.key for evaluation in wanted)
+        typer.echo(f"each is then evaluated: {keys}")
     if profile:
         days = sum(row["pf_days_exact"] for row in rows)
         typer.echo(bill(costs, days, profile, parallel or profile.max_parallel))
 
 
 def costs_of(
-    planned: "Sequence[PlannedRun]", profile: "ClusterProfile", root: Path
+    planned: "Sequence[PlannedRun]", profile: "ClusterProfile", root: Path, evaluations: int
 ) -> "list[Estimate]":
-    """What each of the runs costs on a profile, from its start."""
+    """What each of the runs costs on a profile, from its start, with so many evaluations."""
     from scaling.slurm.cost import estimate, measured_rates
 
     rates = measured_rates(root)
     return [
-        estimate(run.settings, run.row["n_total"], run.row["flops_exact"], profile, rates)
+        estimate(
+            run.settings,
+            run.row["n_total"],
+            run.row["flops_exact"],
+            profile,
+            rates,
+            evaluations=evaluations,
+        )
         for run in planned
     ]
 
