@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scaling.config import ModelConfig, RunConfig, TrainSettings
+from scaling.config import Evaluation, ModelConfig, RunConfig, TrainSettings
 from scaling.data.prepare import find_prepared
 from scaling.rundir import RunDir
 from scaling.slurm.doctor import doctor
@@ -61,6 +61,23 @@ def test_an_array_of_runs_with_two_ranks_on_two_nodes(root, make_runs, profile, 
     for job in sacct(name).values():
         assert job["AllocNodes"] == "2"
         assert "gres/gpu=2" in job["AllocTRES"]
+
+
+def test_the_first_of_two_ranks_evaluates_when_the_other_has_left(root, make_runs, profile):
+    """Longer than a site's WaitTime, after which srun would end it."""
+    (run,) = make_runs(1)
+    (root / "evaluation.json").write_text(json.dumps({"seconds": 4.0}))
+    wanted = [
+        Evaluation(corpus_digest="a" * 16, task=task, task_digest="t" * 16)
+        for task in ("food", "kitchen")
+    ]
+    run.want(wanted)
+    profile = profile.model_copy(update={"setup": ("export SLURM_WAIT=2",)})
+    (row,) = sync(root, [run], profile, sweep="evaluated", watch=True, interval_s=0.5)
+    assert (row["state"], row["evaluated"], row["attempts"]) == ("DONE", 2, 1)
+    assert [start["world_size"] for start in run.starts()] == [2, 2]
+    assert row["gpu_hours"] > 2 * 8 / 3600
+    assert run.over()
 
 
 @pytest.mark.parametrize("how", ["scontrol requeue", "scancel --signal=USR2", "kill -9"])
