@@ -250,7 +250,7 @@ class RunDir:
                 found.append(first)
         return found
 
-    def gpu_hours(self, attempt: int | None = None) -> float:
+    def gpu_hours(self, attempt: int | None = None, after: int = 0) -> float:
         """Hours of all ranks from the beginning of a job to its last row of metrics, summed over
         starts, those whose work was lost too. [GPU-hours; on CPUs rank-hours]
 
@@ -258,9 +258,12 @@ class RunDir:
 
         Args:
             attempt: of this attempt's starts only.
+            after: of generations after this one only.
         """
         seconds = 0.0
         for generation in self.generations():
+            if generation <= after:
+                continue
             first, last = _ends(self.metrics_path(generation))
             if first is None or "seconds" not in first:
                 continue  # written before starts had times

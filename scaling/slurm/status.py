@@ -89,9 +89,16 @@ def read_facts(run: RunDir, wanted: Sequence[str] = ()) -> Facts:
             raise ClueError(f"{run.path}: is a symbolic link; a run lies in a real folder")
         result = run.result()
         if result is not None:
-            status, step = result.get("status"), result.get("step")
-            if status not in ("done", "diverged") or not isinstance(step, int):
-                raise ClueError(f"{run.path / 'result.json'}: status {status!r} at step {step!r}")
+            status, step, generation = (result.get(k) for k in ("status", "step", "generation"))
+            if (
+                status not in ("done", "diverged")
+                or not isinstance(step, int)
+                or not isinstance(generation, int)
+            ):
+                raise ClueError(
+                    f"{run.path / 'result.json'}: status {status!r} at step {step!r} of generation "
+                    f"{generation!r}"
+                )
             if result.get("run_key") != run.run_key:
                 raise ClueError(f"{run.path / 'result.json'}: is of run {result.get('run_key')!r}")
             count, missing = run.evaluations(wanted) if status == "done" else (0, [])
@@ -202,9 +209,11 @@ def spent_hours(run: RunDir, facts: Facts) -> float:
     Raises:
         RecordError: metrics are torn.
     """
-    if facts.result is None or facts.wanted:
+    if facts.result is None:
         return run.gpu_hours()
-    return gpu_hours_of(dict(facts.result))
+    result = dict(facts.result)
+    evaluating = run.gpu_hours(after=int(result["generation"])) if facts.wanted else 0.0
+    return gpu_hours_of(result) + evaluating
 
 
 def _result_progress(run: RunDir, facts: Facts) -> Progress:

@@ -6,11 +6,14 @@ Real jobs against the fake Slurm, with stand-ins for training and for evaluation
 import json
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from scenario import states, whole
 
+from scaling import ClueError
 from scaling.config import ConfigError, Evaluation
 from scaling.files import write_json
 from scaling.rundir import Attempt, RunDir, append_line
@@ -290,7 +293,7 @@ def test_its_hours_count_as_those_of_training_do(root, runs, fake_slurm, slurm_p
     sync.submit(root, runs, slurm_profile, sweep="s")
     assert fake_slurm.finish() == [0]
     (row,) = sync.status(runs)
-    assert row["gpu_hours"] == run.gpu_hours()
+    assert row["gpu_hours"] == pytest.approx(run.gpu_hours())
     assert row["gpu_hours"] > run.result()["gpu_hours"] + 2 / 3600
     spent = committed_hours(runs, {run.run_key: read_facts(run)})
     assert spent == row["gpu_hours"]
@@ -298,6 +301,46 @@ def test_its_hours_count_as_those_of_training_do(root, runs, fake_slurm, slurm_p
     # Nothing counts twice: the second begins when the first is over.
     assert evaluating["job"]["began"] > trained["time"]
     assert row["gpu_hours"] * 3600 < evaluating["time"] - trained["job"]["began"] + 60
+
+
+def test_a_look_at_one_that_is_evaluated_opens_one_file_more(
+    root, make_runs, wanted, fake_slurm, slurm_profile
+):
+    """Of the start that evaluated, whose hours count: neither declarations nor records."""
+    plain, run = make_runs(2, steps=4)
+    run.want(wanted)
+    sync.submit(root, [plain, run], slurm_profile, sweep="s")
+    assert fake_slurm.finish() == [0, 0]
+    opened, looking = [], True
+
+    def hook(event, args):  # stays for the life of the process
+        if looking and event == "open":
+            opened.append(str(args[0]))
+
+    sys.addaudithook(hook)
+    rows = sync.status([plain, run])
+    looking = False
+    assert [row["state"] for row in rows] == ["DONE", "DONE"]
+    files = [Path(path) for path in opened]
+    own = [{f.relative_to(r.path) for f in files if f.is_relative_to(r.path) and f.is_file()}
+           for r in (plain, run)]  # fmt: skip
+    assert own[1] - own[0] == {Path("metrics/2.jsonl")}
+    assert own[0] < own[1]
+
+
+@pytest.mark.parametrize("damage", [{}, {"generation": None}, {"generation": "1"}])
+def test_a_result_of_no_generation_is_damaged(root, runs, fake_slurm, slurm_profile, damage):
+    (run,) = runs
+    sync.submit(root, runs, slurm_profile, sweep="s")
+    assert fake_slurm.finish() == [0]
+    result = run.result()
+    del result["generation"]
+    write_json(run.path / "result.json", result | damage)
+    (row,) = sync.sync(root, runs, slurm_profile, sweep="s")
+    assert (row["state"], row["cause"], row["action"]) == ("FAILED", "damaged", None)
+    assert "result.json: status 'done' at step 4 of generation" in row["evidence"]
+    with pytest.raises(ClueError, match=r"cannot be told: .*result\.json"):
+        committed_hours(runs, {run.run_key: read_facts(run)})
 
 
 def test_a_job_that_evaluates_is_not_stalled(root, runs, fake_slurm, slurm_profile, monkeypatch):
