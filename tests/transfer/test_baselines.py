@@ -145,7 +145,7 @@ def test_pairs_are_taken_from_the_scores_of_all_items(corpus: Corpus, system: st
         assert not np.array_equal(scorer.every(examples), other.every(examples))
 
 
-@pytest.mark.parametrize("system", ["popularity", "lightgcn-id", "cooccurrence"])
+@pytest.mark.parametrize("system", ["popularity", "lightgcn-id", "cooccurrence", "deepfm"])
 def test_what_everybody_likes_is_found(system: str) -> None:
     problem, features = popular(400)
     found = summarise(rank(scores(Planted(problem, features.items), system)))
@@ -258,9 +258,20 @@ def test_fields_of_users_by_hand() -> None:
         np.testing.assert_allclose(towers.mean[user], scaled[own].mean(0), atol=1e-6)
         np.testing.assert_array_equal(towers.last[user], scaled[own[-1]])
     assert set(towers.length.tolist()) == {2}  # six logs: 4 <= 1 + 6 < 8
-    counts = known(Planted(problem, features.items), problem.split(0, 5), 0).counts
-    expected = [int(1 + count).bit_length() - 1 for count in counts]
-    assert towers.popularity.tolist() == expected
+
+
+@pytest.mark.parametrize("form", POSED)
+def test_popularity_as_a_field_counts_no_targets(form: str) -> None:
+    """A training target that was counted would be told from its negative by that."""
+    problem, features = POSED[form]
+    served = problem.split(0, 5).train if form == "leave one out" else np.arange(60)
+    for posed in (problem, replace(problem, pretraining=None)):
+        count = Counter(problem.histories(served).tolist())
+        if posed.pretraining is not None:
+            count.update(posed.pretraining[1].tolist())
+        towers = deepfm.DeepFM(posed, problem.split(0, 5), features.items)
+        expected = [(1 + count[item]).bit_length() - 1 for item in range(N_ITEMS)]
+        assert towers.popularity.tolist() == expected
 
 
 def linears(*widths: int) -> int:

@@ -1,10 +1,16 @@
 """DeepFM (Guo et al. 2017) in two towers: a factorisation machine and a network on fields.
 
 Fields of a user are the mean text vector of the history, that of the last log, and the length of
-the history; of an item its text vector and its popularity in what the fold may know. Each field is
-projected to 64 dimensions. A tower's vector is the sum of its fields (first order), of the products
+the history; of an item its text vector and its popularity. Each field is projected to 64
+dimensions. A tower's vector is the sum of its fields (first order), of the products
 of their pairs (second order, equation 2 of Guo et al. within one tower; the pairs across towers are
 the inner product that scores), and, for the user, of a network of three layers of 400.
+
+Popularity is counted in histories, and in the logs of pretraining users where pretraining has the
+service, but not in training targets, which a fold may know: a target counted with itself differs
+from its negative by that, which no target does that is tested. On Food and Kitchen the validation
+loss is 0.628 and 0.677 with training targets and without pretraining, 0.603 and 0.660 with neither,
+0.581 and 0.615 as it is.
 """
 
 import math
@@ -25,7 +31,8 @@ FIELD = 64
 HIDDEN = (400, 400, 400)
 BUCKETS = 16
 """Of counts, by powers of two."""
-SETTINGS = TowerSettings()
+SETTINGS = TowerSettings(lr=3e-4)
+"""The rate with the lower validation loss on Food and on Kitchen, of 3e-4 and 1e-3."""
 
 
 class DeepFM(Towers):
@@ -47,13 +54,17 @@ class DeepFM(Towers):
         mean /= np.maximum(lengths, 1)[:, None]
         last = np.zeros_like(mean)
         last[lengths > 0] = texts[items[(np.cumsum(lengths) - 1)[lengths > 0]]]
-        counts = count_items(len(texts), problem.known(split)[1])
+        # a leave-one-out user's later histories have its own targets
+        served = split.train if problem.group is None else examples
+        logs = [problem.histories(served)]
+        if problem.pretraining is not None:
+            logs.append(problem.pretraining[1])
         fields = {
             "texts": torch.from_numpy(texts),
             "mean": torch.from_numpy(mean),
             "last": torch.from_numpy(last),
             "length": _buckets(lengths),
-            "popularity": _buckets(counts),
+            "popularity": _buckets(count_items(len(texts), *logs)),
         }
         for name, field in fields.items():
             self.register_buffer(name, field, persistent=False)
