@@ -2,9 +2,9 @@
 
 Fields of a user are the mean text vector of the history, that of the last log, and the length of
 the history; of an item its text vector and its popularity. Each field is projected to 64
-dimensions. A tower's vector is the sum of its fields (first order), of the products
-of their pairs (second order, equation 2 of Guo et al. within one tower; the pairs across towers are
-the inner product that scores), and, for the user, of a network of three layers of 400.
+dimensions. A tower's vector is the sum of its fields (first order), of the products of their pairs
+(second order, equation 2 of Guo et al. within one tower; the pairs across towers are the inner
+product that scores), and, for the user, of a network of three layers of 400.
 
 Popularity is counted in histories, and in the logs of pretraining users where pretraining has the
 service, but not in training targets, which a fold may know: a target counted with itself differs
