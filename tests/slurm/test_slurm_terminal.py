@@ -32,8 +32,10 @@ items_per_user = [2, 3, 4]
 
 @pytest.fixture(autouse=True)
 def _at_a_terminal():
-    """Signals mean what they mean there, also where these tests run under ``nohup``."""
+    """Signals mean what they mean there, also where these tests run under ``nohup`` or behind a
+    script's ``&``, which ignores Ctrl-C for them."""
     kept = {s: signal.signal(s, signal.SIG_DFL) for s in (signal.SIGHUP, signal.SIGTERM)}
+    kept[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)

@@ -463,7 +463,7 @@ def test_the_verb_learns_a_reduction_and_applies_it(
 def test_killed_anywhere_and_resumed_the_files_are_the_same(
     root: Path, run: RunDir, tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
-    out, seconds = tmp_path / "out", 6.0
+    out = tmp_path / "out"
     call = [sys.executable, "-m", "scaling.cli", "embed", run.run_key, f"--root={root}",
             f"--out={out}", "--what=both", "--dtype=float32", "--shard-users=41"]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -472,10 +472,15 @@ def test_killed_anywhere_and_resumed_the_files_are_the_same(
     def start(share: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*call, f"--shards={share}"], env=env, stderr=subprocess.DEVNULL)
 
+    def files() -> int:
+        return sum(path.is_file() for path in out.rglob("*"))
+
     killed = 0
     for _ in range(4):
         processes = [start("0/2"), start("0/1")]  # both want the first half
-        time.sleep(rng.uniform(0.3, 1.0) * seconds)
+        enough = files() + rng.randint(1, 4)
+        while files() < enough and any(p.poll() is None for p in processes):
+            time.sleep(0.001)
         for process in processes:
             process.send_signal(signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL

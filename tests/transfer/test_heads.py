@@ -235,7 +235,7 @@ def test_vectors_beside_the_features_are_each_replicas_own() -> None:
     split = problem.split(0, 5)
     noise = replace(features, users=np.zeros_like(features.users))
     useful = features.users
-    useless = np.random.default_rng(0).normal(size=useful.shape).astype(np.float32)
+    useless = np.random.default_rng(1).normal(size=useful.shape).astype(np.float32)
     beside = replace(noise, beside=np.stack([useful, useless]))
     settings = TowerSettings(max_epochs=25)
     fitted = trained(problem, beside, [split, split], [0, 0], settings)
