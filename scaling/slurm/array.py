@@ -16,7 +16,7 @@ from pathlib import Path
 from scaling import ClueError
 from scaling.config import ConfigError
 from scaling.files import write_bytes
-from scaling.slurm.code import archive_path
+from scaling.slurm.code import archive_path, import_line
 from scaling.slurm.profile import SAFE_PATH, ClusterProfile, check_owner, private_files
 from scaling.slurm.scheduler import command
 
@@ -68,39 +68,23 @@ class CommandArray:
             "array": f"0-{self.size - 1}%{min(profile.max_parallel, self.size)}",
             "output": f"{self.folder}/{self.name}-%a.log",
             "open-mode": "append",
-            "time": shape.time_min,
-            "nodes": shape.nodes,
-            "ntasks-per-node": shape.tasks_per_node,
-            "cpus-per-task": shape.cpus_per_task,
-            "gpus-per-node": shape.gpus_per_node or None,
-            "mem": None if shape.mem_gb is None else f"{round(1024 * shape.mem_gb)}M",
-            "partition": profile.partition,
-            "account": profile.account,
-            "qos": profile.qos,
-            "constraint": profile.constraint and shlex.quote(profile.constraint),
-            "exclude": profile.exclude,
+            **profile.resources(shape),
         }
+        if profile.constraint:
+            options["constraint"] = shlex.quote(profile.constraint)
         archive = archive_path(self.root, self.code)
         python = shlex.quote(sys.executable)
         return "\n".join(
             [
                 "#!/bin/bash",
-                *(f"#SBATCH --{k}={v}" for k, v in options.items() if v is not None),
+                *(f"#SBATCH --{name}={value}" for name, value in options.items()),
                 "#SBATCH --requeue",
                 # What is imported must be the user's own.
                 f"test -O {archive} || "
                 f'{{ echo "error: {archive}: is missing, or not your own" >&2; exit 1; }}',
-                *(
-                    line
-                    for number, given in enumerate(profile.setup, 1)
-                    for line in (
-                        given,
-                        f'[ $? -eq 0 ] || {{ echo "error: line {number} of setup failed" >&2; '
-                        "exit 1; }",
-                    )
-                ),
-                f"export PYTHONSAFEPATH=1 PYTHONPATH={archive}${{PYTHONPATH:+:$PYTHONPATH}}",
-                f"srun --kill-on-bad-exit=1 --cpus-per-task={shape.cpus_per_task} "
+                *profile.setup_lines(),
+                import_line(archive),
+                f"{shlex.join(['srun', *shape.srun_words])} "
                 f"{python} -m scaling.cli {shlex.join(self.words)} "
                 f'--shards "${{SLURM_ARRAY_TASK_ID}}/{self.size}"',
                 "",

@@ -37,6 +37,12 @@ def archive_path(root: Path, digest: str) -> Path:
     return Path(root) / "code" / f"{digest}.zip"
 
 
+def import_line(archive: Path) -> str:
+    """Line of a job script by which Python imports from an archive before all else, and not at all
+    from the folder that was submitted from."""
+    return f"export PYTHONSAFEPATH=1 PYTHONPATH={archive}${{PYTHONPATH:+:$PYTHONPATH}}"
+
+
 def archive(root: Path) -> str:
     """Archive the running package below ``root``, unless it is there; returns its digest.
 

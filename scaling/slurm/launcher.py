@@ -19,7 +19,7 @@ from submitit.helpers import DelayedSubmission
 from scaling import ClueError
 from scaling.rundir import chunk_folder
 from scaling.slurm import scheduler
-from scaling.slurm.code import archive_path
+from scaling.slurm.code import archive_path, import_line
 from scaling.slurm.job import run_job
 from scaling.slurm.profile import ClusterProfile, Shape
 
@@ -91,25 +91,14 @@ def _executor(array: JobArray) -> Any:
         executor = submitit.SlurmExecutor(folder=folder)
     except RuntimeError as e:
         raise ClueError(f"no Slurm on this machine ({e}); submit from a login node") from e
-    wanted = {
-        "job_name": array.token,
-        "time": shape.time_min,
-        "nodes": shape.nodes,
-        "ntasks_per_node": shape.tasks_per_node,
-        "cpus_per_task": shape.cpus_per_task,
-        "gpus_per_node": shape.gpus_per_node or None,
-        "mem": None if shape.mem_gb is None else f"{round(1024 * shape.mem_gb)}M",
-        "partition": profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "constraint": profile.constraint,
-        "exclude": array.exclude,
-    }
+    wanted = {"job-name": array.token, **profile.resources(shape)}
+    if array.exclude is not None:
+        wanted["exclude"] = array.exclude
     archive = archive_path(array.root, array.code)
     first, last = array.indices[0], array.indices[-1]
     copied = f"{folder}/${{job}}_submitted.pkl"
     executor.update_parameters(
-        **{k: v for k, v in wanted.items() if v is not None},
+        **{name.replace("-", "_"): value for name, value in wanted.items()},
         wckey=None,
         setup=[
             "umask 077",
@@ -118,13 +107,8 @@ def _executor(array: JobArray) -> Any:
             f"for file in {archive} {folder}/arguments.pkl; do test -O $file"
             ' || { echo "error: $file: is missing, or not your own" >&2; exit 1; }; done',
             f"test -e {copied} || cp {folder}/arguments.pkl {copied}",
-            *(
-                line
-                for number, given in enumerate(profile.setup, 1)
-                for line in (given, f"[ $? -eq 0 ] || {{ {_failed(number)}; }}")
-            ),
-            # The archive comes before all else, and the folder that was submitted from not at all.
-            f"export PYTHONSAFEPATH=1 PYTHONPATH={archive}${{PYTHONPATH:+:$PYTHONPATH}}",
+            *profile.setup_lines(),
+            import_line(archive),
         ],
         additional_parameters={
             "requeue": True,
@@ -134,17 +118,10 @@ def _executor(array: JobArray) -> Any:
             # submitit takes another signal from a variable of the shell.
             "signal": f"USR2@{profile.signal_lead_s}",
         },
-        # A rank that ends badly ends its step: no other waits for it in a collective. One that ends
-        # well does not, whatever the site's WaitTime: rank 0 still evaluates. srun does not inherit
-        # --cpus-per-task since Slurm 22.05.
-        srun_args=["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={shape.cpus_per_task}"],
+        srun_args=shape.srun_words,
     )
     executor.parameters["map_count"] = len(array.indices)  # names logs by array and index
     return executor
-
-
-def _failed(number: int) -> str:
-    return f'echo "error: line {number} of setup failed" >&2; exit 1'
 
 
 def start_process(root: Path, sweep: str, token: str, shape: Shape, code: str) -> str:

@@ -43,6 +43,16 @@ class Shape(Frozen):
     """Wall time of one slice; a run continues in the next one. [minutes]"""
 
     @property
+    def srun_words(self) -> list[str]:
+        """Options of ``srun`` in a job of this shape.
+
+        A rank that ends badly ends its step: no other waits for it in a collective. One that ends
+        well does not, whatever the site's WaitTime: others may have more to do. srun does not
+        inherit --cpus-per-task since Slurm 22.05.
+        """
+        return ["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={self.cpus_per_task}"]
+
+    @property
     def world_size(self) -> int:
         """Ranks of a run."""
         return self.nodes * self.tasks_per_node
@@ -141,6 +151,34 @@ class ClusterProfile(Frozen):
     def _override(self, rule: ShapeRule) -> Shape:
         changes = rule.model_dump(exclude={"batch_size_from", "d_model_from"}, exclude_none=True)
         return self.shape.model_copy(update=changes)
+
+    def resources(self, shape: Shape) -> dict[str, str | int]:
+        """What a job of this shape asks ``sbatch`` for, by the long names of its options."""
+        wanted = {
+            "time": shape.time_min,
+            "nodes": shape.nodes,
+            "ntasks-per-node": shape.tasks_per_node,
+            "cpus-per-task": shape.cpus_per_task,
+            "gpus-per-node": shape.gpus_per_node or None,
+            "mem": None if shape.mem_gb is None else f"{round(1024 * shape.mem_gb)}M",
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "constraint": self.constraint,
+            "exclude": self.exclude,
+        }
+        return {name: value for name, value in wanted.items() if value is not None}
+
+    def setup_lines(self) -> list[str]:
+        """``setup`` in a job script: a line that fails ends the job, and says which it was."""
+        return [
+            line
+            for number, given in enumerate(self.setup, 1)
+            for line in (
+                given,
+                f'[ $? -eq 0 ] || {{ echo "error: line {number} of setup failed" >&2; exit 1; }}',
+            )
+        ]
 
     def shape_of(self, config: RunConfig) -> Shape:
         """What the job of this run asks for.

@@ -48,7 +48,7 @@ def test_the_script_asks_for_what_the_profile_says(tmp_path: Path) -> None:
     }  # fmt: skip
     assert script.startswith("#!/bin/bash\n#SBATCH")
     assert script.index("module load cuda\n[ $? -eq 0 ] ||") < script.index("srun ")
-    assert "srun --kill-on-bad-exit=1 --cpus-per-task=4 " in script
+    assert "srun --kill-on-bad-exit=1 --wait=0 --cpus-per-task=4 " in script
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
