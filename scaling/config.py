@@ -312,7 +312,6 @@ class TrainSettings(Frozen):
 
 
 Head = Literal["u-mlp", "u-mlp-64", "linear", "hybrid"]
-HEADS = get_args(Head)
 
 
 class Evaluation(Frozen):

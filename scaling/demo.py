@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from scaling import ClueError
+from scaling.config import Evaluation
 from scaling.data.corpus import Corpus
 from scaling.data.prepare import prepare
 from scaling.files import read_json, sha256, write_json
@@ -82,8 +83,9 @@ def run(
     planned = grid.runs(corpus.card)
     out = root / "results" / grid.name
     cluster = ClusterProfile.read(profile)
-    trained = _train(console, root, grid, corpus, planned, cluster)
-    _baselines(console, root, grid, corpus)
+    wanted = declared(root, grid, corpus.card)
+    trained = _train(console, root, grid, corpus, planned, cluster, wanted)
+    _baselines(console, root, corpus, wanted)
     with _stage(console, "collect") as show:
         collect(root, [p.row for p in planned], grid.name, out)
         tables = load(out)
@@ -101,12 +103,13 @@ def _train(
     corpus: Corpus,
     planned: Sequence[PlannedRun],
     profile: ClusterProfile,
+    wanted: Sequence[Evaluation],
 ) -> int:
     """Train and evaluate all runs through the local executor; returns how many were not there."""
     identity = write_sweep(root, grid, corpus.card, planned).name
     runs = [RunDir.create(root, p.config, corpus.card.name) for p in planned if p.config]
     for one in runs:
-        one.want(declared(root, grid, corpus.card))
+        one.want(wanted)
     missing = sum(r.result() is None for r in runs)
     with _stage(console, "train") as show:
 
@@ -127,11 +130,10 @@ def _train(
     return missing
 
 
-def _baselines(console: Console, root: Path, grid: Grid, corpus: Corpus) -> None:
+def _baselines(console: Console, root: Path, corpus: Corpus, wanted: Sequence[Evaluation]) -> None:
     """Evaluate popularity on the tasks that the sweep declares."""
     from scaling.transfer.baselines.evaluate import evaluate_baselines
 
-    wanted = declared(root, grid, corpus.card)
     tasks = {e.task: e for e in wanted if e.corpus_digest == corpus.card.digest}
     with _stage(console, "baselines") as show:
         for done, (task, e) in enumerate(tasks.items()):

@@ -275,7 +275,7 @@ def _damage_told(*paths: Path) -> Iterator[None]:
 
 def corpora_of(root: Path, name: str) -> list[Path]:
     """Folders of the prepared corpora that are meant."""
-    from scaling.data.corpus import CorpusError, folders
+    from scaling.data.corpus import CorpusError, named
     from scaling.data.prepare import find_prepared
 
     if name.endswith(".toml"):
@@ -284,11 +284,7 @@ def corpora_of(root: Path, name: str) -> list[Path]:
         return [made.path]
     if (Path(name) / "manifest.json").is_file():
         return [Path(name)]
-    there = folders(root)
-    if found := [p for p in there if name in (p.name, *p.name.rsplit("-", 1))]:
-        return found
-    names = ", ".join(p.name for p in there) or "none"
-    raise CorpusError(f"{root / 'corpora'}: no corpus {name!r}; prepared: {names}")
+    return named(root, name)
 
 
 def _print_summary(corpus: dict[str, Any]) -> None:

@@ -139,40 +139,37 @@ def transfer(
     from scaling.config import TransferSettings
     from scaling.data.corpus import Corpus
     from scaling.rundir import RunDir
-    from scaling.sweeps import Grid
     from scaling.transfer.declared import evaluations, fit_tasks
     from scaling.transfer.evaluate import evaluate
 
-    declared = None
+    settings = None
     if run.endswith(".toml"):
-        _, _, planned = planned_runs(Path(run), root)
+        grid, _, planned = planned_runs(Path(run), root)
         known = [(r, r.result()) for r in known_runs(planned, root)]
         chosen = [r for r, result in known if result and result["status"] == "done"]
         if not chosen:
             raise ClueError(f"{run}: none of its {len(planned)} runs is done yet")
-        declared = Grid.read(Path(run)).transfer
+        settings = grid.transfer
     else:
         chosen = [RunDir.find(root, run)]
+    corpus = Corpus.find(root, chosen[0].spec().data.corpus_digest)  # a sweep has one
+    if settings is None or task or head:
+        settings = TransferSettings.parse(
+            {
+                "tasks": task or fit_tasks(corpus, history),
+                "heads": head or ["u-mlp"],
+                **{"folds": folds, "seeds": seeds, "history": history},
+            },
+            "transfer",
+        )
+    wanted = evaluations(root, corpus, settings)
     rows: list[dict[str, Any]] = []
     with progress("transfer") as update:
         for i, one in enumerate(chosen):
-            corpus = Corpus.find(root, one.spec().data.corpus_digest)
-            if declared is None or task or head:
-                settings = TransferSettings.parse(
-                    {
-                        "tasks": task or fit_tasks(corpus, history),
-                        "heads": head or ["u-mlp"],
-                        **{"folds": folds, "seeds": seeds, "history": history},
-                    },
-                    "transfer",
-                )
-            else:
-                settings = declared
 
             def tell(share: float, what: str, i: int = i, key: str = one.run_key) -> None:
                 update(round(100 * (i + share)), 100 * len(chosen), f"{key} {what}")
 
-            wanted = evaluations(root, corpus, settings)
             rows += evaluate(one, corpus, wanted, step=step, progress=tell)
     if as_json:
         print_json(rows)

@@ -260,6 +260,19 @@ def folders(root: Path) -> list[Path]:
     return sorted(p.parent for p in (Path(root) / "corpora").glob("[!.]*/manifest.json"))
 
 
+def named(root: Path, name: str) -> list[Path]:
+    """Folders of the prepared corpora of this name, of this digest, or of ``<name>-<digest>``.
+
+    Raises:
+        CorpusError: there is none; the message names those there are.
+    """
+    there = folders(root)
+    if found := [p for p in there if name in (p.name, *p.name.rsplit("-", 1))]:
+        return found
+    names = ", ".join(p.name for p in there) or "none"
+    raise CorpusError(f"{Path(root) / 'corpora'}: no corpus {name!r}; prepared: {names}")
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a corpus.
 

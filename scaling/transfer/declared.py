@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from scaling.config import CorpusCard, Evaluation, TransferSettings
-from scaling.data.corpus import Corpus, CorpusError, folders
+from scaling.data.corpus import Corpus, CorpusError, named
 from scaling.data.tasks import Task
 from scaling.sweeps import Grid
 from scaling.transfer.problem import TransferError
@@ -92,11 +92,9 @@ def unfit_for(corpus: Corpus, task: Task, history: str, foreign: bool) -> str | 
 
 
 def _prepared(root: Path, name: str) -> Corpus:
-    """The one prepared corpus of this name, or ``<name>-<digest>``."""
-    there = folders(root)
-    found = [p for p in there if name in (p.name, p.name.rpartition("-")[0])]
-    if len(found) != 1:
-        names = ", ".join(p.name for p in found or there) or "none"
-        what = "several corpora" if found else "no corpus"
-        raise CorpusError(f"{root / 'corpora'}: {what} {name!r}; prepared: {names}")
-    return Corpus.open(found[0])
+    """The one prepared corpus of this name."""
+    first, *others = named(root, name)
+    if others:
+        names = ", ".join(p.name for p in (first, *others))
+        raise CorpusError(f"{root / 'corpora'}: several corpora {name!r}; prepared: {names}")
+    return Corpus.open(first)
