@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,13 +79,6 @@ def make_batch(
     return pack_items(corpus, ragged, distinct)
 
 
-class ItemTexts(Protocol):
-    """Where the tokens of items are looked up: a corpus, or one as another's encoder sees it."""
-
-    def item_tokens(self, items: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        """Tokens of items, one after another, and their offsets. [tokens], [items + 1]"""
-
-
 def latest(offsets: Any, items: Any, rows: Ints, cap: int) -> tuple[Ints, Ints]:
     """Lengths and items of some rows of a ragged store, each cut to its last ``cap``."""
     ends = offsets[rows + 1].astype(np.int64)
@@ -93,9 +86,7 @@ def latest(offsets: Any, items: Any, rows: Ints, cap: int) -> tuple[Ints, Ints]:
     return ends - starts, items[spans(starts, ends - starts)].astype(np.int64)
 
 
-def pack_items(
-    corpus: ItemTexts, ragged: Sequence[tuple[Ints, Ints]], distinct: bool
-) -> PackedBatch:
+def pack_items(corpus: Corpus, ragged: Sequence[tuple[Ints, Ints]], distinct: bool) -> PackedBatch:
     """A batch out of (lengths, items) per service, with the items' tokens looked up."""
     lengths = np.concatenate([n for n, _ in ragged])
     items = np.concatenate([i for _, i in ragged])

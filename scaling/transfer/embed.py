@@ -31,7 +31,7 @@ from scaling.models.clue import ContrastiveEncoder
 from scaling.rundir import RunDir
 from scaling.train.export import exported, load_encoder
 from scaling.transfer.features import Logs, device, embed_items, embed_users
-from scaling.transfer.foreign import as_seen_by
+from scaling.transfer.foreign import as_read_by
 from scaling.transfer.reduce import Reduction
 from scaling.transfer.shards import EmbedError, Kind, Part, Progress, Shards, npy, parquet
 
@@ -177,10 +177,7 @@ class Embedding:
     @cached_property
     def texts(self) -> Corpus:
         """The corpus as the encoder reads it."""
-        digest = self.config.data.corpus_digest
-        own = self.corpus.card.digest == digest
-        reference = self.corpus if own else Corpus.find(self.run.root, digest)
-        return as_seen_by(self.corpus, reference, unknown=self.wanted.unknown)
+        return as_read_by(self.run, self.corpus, unknown=self.wanted.unknown)
 
     def pace(self, parts: list[Part]) -> tuple[float, int]:
         """Rows of the first shard of ``parts`` embedded a second, and how many were measured.

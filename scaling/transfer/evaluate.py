@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from scaling.config import Evaluation
-from scaling.data.batches import ItemTexts
 from scaling.data.corpus import Corpus
 from scaling.data.tasks import Task
 from scaling.files import read_json, write_json
@@ -17,7 +16,7 @@ from scaling.rundir import RunDir
 from scaling.train.export import load_encoder
 from scaling.transfer.baselines.evaluate import vectors_beside
 from scaling.transfer.declared import unfit_for
-from scaling.transfer.features import item_features, user_features
+from scaling.transfer.features import device, item_features, user_features
 from scaling.transfer.foreign import as_seen_by
 from scaling.transfer.heads import HEAD, Features, HeadTowers
 from scaling.transfer.problem import (
@@ -37,7 +36,7 @@ from scaling.transfer.scoring import (
     scored,
     write_per_user,
 )
-from scaling.transfer.towers import Fitted, device, fit, vectors
+from scaling.transfer.towers import Fitted, fit, vectors
 
 Progress = Callable[[float, str], None]
 
@@ -79,10 +78,13 @@ def evaluate(
             f"{corpus.path}: its digest is {corpus.card.digest}, run {run.run_key} was trained on "
             f"{config.data.corpus_digest}"
         )
-    opened = [_open(run.root, corpus, e) for e in wanted]
+    opened: dict[tuple[str, ...], tuple[Corpus, Task]] = {}
+    for e in wanted:
+        if _posed(e) not in opened:
+            opened[_posed(e)] = _open(run.root, corpus, e)
     encoder = _Encoder(run, corpus, config.steps if step is None else step)
     rows: list[Row] = []
-    for done, (evaluation, (of, task)) in enumerate(zip(wanted, opened, strict=True)):
+    for done, evaluation in enumerate(wanted):
 
         def tell(share: float, done: int = done, name: str = evaluation.key) -> None:
             if should_stop():
@@ -92,13 +94,23 @@ def evaluate(
 
         try:
             tell(0.0)
-            found = encoder.rows(evaluation, of, task, tell)
+            found = encoder.rows(evaluation, *opened[_posed(evaluation)], tell)
         except _Stopped:
             break
         shared = evaluation.model_dump(include={"head", "history", "folds", "seeds", "task_digest"})
         identity = {"run_key": run.run_key, "step": encoder.step}
         rows += [{**identity, **shared, **row} for row in found]
     return rows
+
+
+def _posed(evaluation: Evaluation) -> tuple[str, ...]:
+    """What is posed by an evaluation, whatever its head."""
+    return (
+        evaluation.corpus_digest,
+        evaluation.task,
+        evaluation.task_digest,
+        evaluation.history,
+    )
 
 
 class _Stopped(Exception):
@@ -111,7 +123,7 @@ class _Encoder:
     def __init__(self, run: RunDir, corpus: Corpus, step: int) -> None:
         self.run, self.corpus, self.step = run, corpus, step
         self.config = run.spec()
-        self._features: dict[tuple[str, str, str], tuple[Problem, Features]] = {}
+        self._features: dict[tuple[str, ...], tuple[Problem, Features]] = {}
 
     @cached_property
     def model(self) -> ContrastiveEncoder:
@@ -122,7 +134,7 @@ class _Encoder:
         self, evaluation: Evaluation, corpus: Corpus, task: Task, tell: Callable[[float], None]
     ) -> list[Row]:
         """Rows of an evaluation, read from its record or computed and recorded."""
-        path = record_path(self.run, evaluation, self.step, self.config.steps)
+        path = _record_path(self.run, evaluation, self.step, self.config.steps)
         header = {
             "run_key": self.run.run_key,
             "step": self.step,
@@ -131,7 +143,7 @@ class _Encoder:
         }
         if (found := _recorded(path, header)) is not None:
             return found
-        problem, features = self._posed(evaluation, corpus, task)
+        problem, features = self._with_features(evaluation, corpus, task)
         if evaluation.head == "hybrid":
             beside = vectors_beside(self.run.root, corpus, task, problem, evaluation, tell)
             features = Features(features.users, features.items, beside)
@@ -145,11 +157,11 @@ class _Encoder:
         write_json(path, {**header, **trained, "rows": rows})
         return rows
 
-    def _posed(
+    def _with_features(
         self, evaluation: Evaluation, corpus: Corpus, task: Task
     ) -> tuple[Problem, Features]:
         """A task as arrays, with features of its examples and items: the same for all heads."""
-        key = evaluation.corpus_digest, evaluation.task, evaluation.history
+        key = _posed(evaluation)
         if key not in self._features:
             problem, texts = pose(corpus, task), as_seen_by(corpus, self.corpus)
             cap = self.config.data.items_per_user
@@ -158,7 +170,7 @@ class _Encoder:
         return self._features[key]
 
 
-def record_path(run: RunDir, evaluation: Evaluation, step: int, last: int) -> Path:
+def _record_path(run: RunDir, evaluation: Evaluation, step: int, last: int) -> Path:
     """Where the record of an evaluation lies: of the run's last step directly in ``transfer``."""
     folder = run.path / "transfer"
     if step != last:
@@ -197,7 +209,7 @@ def _open(root: Path, own: Corpus, evaluation: Evaluation) -> tuple[Corpus, Task
 
 def _features(
     model: ContrastiveEncoder,
-    texts: ItemTexts,
+    texts: Corpus,
     task: Task,
     problem: Problem,
     history: str,
@@ -237,5 +249,4 @@ def _outcome(
             of_replica, users, items, rows, fitted.validation_loss, strict=True
         )
     ]
-    n = evaluation.seeds
-    return gather(splits, [found[i : i + n] for i in range(0, len(found), n)]), fitted
+    return gather(splits, found), fitted

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scaling.config import MAX_TOKENS
-from scaling.data.batches import ItemTexts, latest, pack_items
-from scaling.data.corpus import blocks
+from scaling.data.batches import latest, pack_items
+from scaling.data.corpus import Corpus, blocks
 from scaling.data.tasks import user_blocks
 from scaling.models.clue import ContrastiveEncoder
 
@@ -44,7 +44,7 @@ def device() -> torch.device:
 
 @torch.no_grad()
 def embed_users(
-    model: ContrastiveEncoder, texts: ItemTexts, histories: Mapping[str, Logs], items_per_user: int
+    model: ContrastiveEncoder, texts: Corpus, histories: Mapping[str, Logs], items_per_user: int
 ) -> Iterator[tuple[Ints, Ints, Floats]]:
     """Embeddings z of every log that is not empty, some users at a time.
 
@@ -75,7 +75,7 @@ def embed_users(
 
 
 def user_features(
-    model: ContrastiveEncoder, texts: ItemTexts, histories: Mapping[str, Logs], items_per_user: int
+    model: ContrastiveEncoder, texts: Corpus, histories: Mapping[str, Logs], items_per_user: int
 ) -> tuple[Floats, NDArray[np.bool_]]:
     """Embeddings of users, their services side by side in the order of ``histories``.
 
@@ -95,7 +95,7 @@ def user_features(
 
 
 @torch.no_grad()
-def embed_items(model: ContrastiveEncoder, texts: ItemTexts, items: Ints) -> Iterator[Floats]:
+def embed_items(model: ContrastiveEncoder, texts: Corpus, items: Ints) -> Iterator[Floats]:
     """Embeddings h of items, in the given order, some at a time. [items, d]
 
     Args:
@@ -109,7 +109,7 @@ def embed_items(model: ContrastiveEncoder, texts: ItemTexts, items: Ints) -> Ite
         yield model.encode_items(batch.tokens, batch.token_offsets).float().cpu().numpy()
 
 
-def item_features(model: ContrastiveEncoder, texts: ItemTexts, items: Ints) -> Floats:
+def item_features(model: ContrastiveEncoder, texts: Corpus, items: Ints) -> Floats:
     """Embeddings h of items, in the given order. [items, d]
 
     Args as in ``embed_items``.

@@ -19,8 +19,20 @@ from scaling.config import MAX_TOKENS
 from scaling.data.corpus import BLOCK, Corpus, CorpusError, blocks
 from scaling.data.domains import encoded_again, same_tokenizer
 from scaling.data.statistics import text_tokens
+from scaling.rundir import RunDir
 
 Ints = NDArray[np.int64]
+
+
+def as_read_by(run: RunDir, corpus: Corpus, *, unknown: str | None = None) -> Corpus:
+    """``as_seen_by`` for the encoder of a run, whose own corpus is found below its root.
+
+    Raises:
+        CorpusError: as ``as_seen_by``; or the run's corpus is not there.
+    """
+    digest = run.spec().data.corpus_digest
+    own = corpus.card.digest == digest
+    return as_seen_by(corpus, corpus if own else Corpus.find(run.root, digest), unknown=unknown)
 
 
 def as_seen_by(corpus: Corpus, reference: Corpus, *, unknown: str | None = None) -> Corpus:

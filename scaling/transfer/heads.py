@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scaling.config import Head
+from scaling.transfer.features import device
 from scaling.transfer.problem import Split
-from scaling.transfer.towers import Towers, TowerSettings, device
+from scaling.transfer.reduce import principal_components
+from scaling.transfer.towers import Towers, TowerSettings
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -79,14 +81,11 @@ def _fit(x: Floats, width: int | None) -> tuple[Tensor, Tensor]:
     scale = 1 / np.where(constant, 1, std)
     if width is None:
         return torch.from_numpy(mean).float(), torch.from_numpy(scale).float()
-    covariance = np.cov(((x - mean) * scale).T.astype(np.float64).reshape(len(mean), -1))
-    values, components = np.linalg.eigh(np.atleast_2d(covariance))
-    values, components = values[::-1][:width], components[:, ::-1][:, :width]
-    # The sign of a component is arbitrary: the largest entry is made positive.
-    largest = np.abs(components).argmax(axis=0)
-    components = components * np.sign(components[largest, np.arange(components.shape[1])])
+    standardised = (x - mean) * scale
+    components = principal_components(torch.from_numpy(standardised), width).double().numpy().T
+    squares = ((standardised @ components) ** 2).sum() / max(1, len(x) - 1)
+    spread = np.sqrt(max(squares / width, np.finfo(np.float32).tiny))
     matrix = np.zeros((len(mean), width))
-    spread = np.sqrt(max(values.clip(0).sum() / width, np.finfo(np.float32).tiny))
     matrix[:, : components.shape[1]] = scale[:, None] * components / spread
     return torch.from_numpy(mean).float(), torch.from_numpy(matrix).float()
 

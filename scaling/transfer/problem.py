@@ -109,20 +109,24 @@ class Problem:
             )
         return Split(*parts)
 
-    def histories(self, examples: Ints) -> Ints:
-        """Logs before the targets of some examples, one example after another. [logs]"""
-        return latest(*self.history, examples, np.iinfo(np.int64).max)[1]
+    def before(self, examples: Ints) -> tuple[Ints, Ints]:
+        """Logs before the targets of some examples: how many of each, and their items, one example
+        after another. [examples], [logs]"""
+        return latest(*self.history, examples, np.iinfo(np.int64).max)
+
+    def served(self, split: Split) -> Ints:
+        """Examples whose histories a system may count in a fold: all, who are known by them when
+        they are served; of a leave-one-out task, where a user's three examples overlap, those that
+        are trained on."""
+        return split.train if self.group is None else np.arange(len(self.user))
 
     def known(self, split: Split) -> tuple[Ints, Ints]:
         """Logs that a system may count in a fold: example and item of each. [logs], [logs]
 
-        The histories and targets of training examples, and the histories of all others, who are
-        known by them when they are served. The three examples of a leave-one-out user overlap:
-        there it is the longest history that validates nothing, with the training target.
+        The histories of ``served``, and the targets of training examples.
         """
-        train = split.train
-        served = train if self.group is None else np.arange(len(self.user))
-        lengths, items = latest(*self.history, served, np.iinfo(np.int64).max)
+        train, served = split.train, self.served(split)
+        lengths, items = self.before(served)
         n_targets = self.targets.shape[1]
         return (
             np.concatenate([np.repeat(served, lengths), np.repeat(train, n_targets)]),

@@ -37,7 +37,7 @@ from scaling.models.losses import contrastive_loss, logits, symmetric_cross_entr
 from scaling.rundir import RunDir
 from scaling.train.export import exported, load_encoder
 from scaling.transfer.features import device, user_features
-from scaling.transfer.foreign import as_seen_by
+from scaling.transfer.foreign import as_read_by
 
 SCHEMA_VERSION = 1
 BATCH = 1_024
@@ -146,9 +146,7 @@ def learn(
         raise ReductionError(f"{folder}: is there already; choose another folder")
     model, step = load_encoder(run, step)
     model.to(device())
-    foreign = corpus.card.digest != config.data.corpus_digest
-    reference = Corpus.find(run.root, config.data.corpus_digest) if foreign else corpus
-    texts = as_seen_by(corpus, reference)
+    texts = as_read_by(run, corpus)
 
     def features(split: str, most: int) -> dict[str, Floats]:
         rows = corpus.split(split)

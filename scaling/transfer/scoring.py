@@ -22,14 +22,14 @@ from scaling.transfer.metrics import (
     METRICS,
     Ranks,
     bootstrap,
-    lint_metrics,
+    lint_table,
     per_target,
     rank,
     rank_all,
     summarise,
 )
 from scaling.transfer.problem import Problem, Split, TransferError
-from scaling.transfer.towers import Fitted, pair_loss, softmax_loss, vectors
+from scaling.transfer.towers import Fitted, pair_loss, products, softmax_loss, vectors
 
 Ints = NDArray[np.int64]
 Scores = NDArray[np.float32] | NDArray[np.float64] | Ints
@@ -75,8 +75,7 @@ class ByVectors:
     def pairs(self, examples: Ints, rows: Ints) -> Scores:
         """As ``Scorer``."""
         users = self.users[np.searchsorted(self.examples, examples)]
-        found = torch.einsum("bk,btck->btc", users, self.items[np.searchsorted(self.rows, rows)])
-        scores: Scores = found.cpu().numpy()
+        scores: Scores = products(users, self.items, np.searchsorted(self.rows, rows)).numpy()
         return scores
 
     def every(self, examples: Ints) -> Scores:
@@ -132,25 +131,23 @@ def scored(problem: Problem, split: Split, scorer: Scorer) -> tuple[Ranks, dict[
     return ranks, {name: np.concatenate(parts) for name, parts in losses.items()}
 
 
-def gather(
-    splits: Sequence[Split], found: Sequence[Sequence[tuple[Ranks, dict[str, Any]]]]
-) -> Outcome:
-    """One outcome of what each fold and seed scored.
+def gather(splits: Sequence[Split], found: Sequence[tuple[Ranks, dict[str, Any]]]) -> Outcome:
+    """One outcome of what each replica scored.
 
     Args:
         splits: of the folds.
-        found: of ``scored``, by fold, then by seed.
+        found: of ``scored``, by fold, then by seed (``problem.replicas``).
     """
-    seeds = range(len(found[0]))
+    seeds = len(found) // len(splits)
 
     def together(of: Any) -> Any:
-        return np.stack([np.concatenate([of(fold[s]) for fold in found]) for s in seeds])
+        return np.stack([np.concatenate([of(f) for f in found[s::seeds]]) for s in range(seeds)])
 
     return Outcome(
         np.concatenate([s.test for s in splits]),
         np.repeat(np.arange(len(splits)), [len(s.test) for s in splits]),
         Ranks(together(lambda f: f[0].first), together(lambda f: f[0].last)),
-        {name: together(lambda f, n=name: f[1][n]) for name in found[0][0][1]},
+        {name: together(lambda f, n=name: f[1][n]) for name in found[0][1]},
     )
 
 
@@ -167,9 +164,12 @@ def rows_of(problem: Problem, outcome: Outcome, system: str) -> list[Row]:
     if problem.segment is not None:
         of_example = problem.segment[problem.user[outcome.examples]]
         groups |= {name: of_example == i for i, name in enumerate(SEGMENTS)}
-    return [
+    rows = [
         _row(problem, outcome, system, name, kept) for name, kept in groups.items() if kept.any()
     ]
+    for messages in lint_table(rows).values():
+        raise TransferError(f"{system} on {problem.name!r}: {'; '.join(messages)}")
+    return rows
 
 
 def _row(
@@ -187,9 +187,6 @@ def _row(
     row["tie_gap"] = summarise(ranks)["tie_gap"]
     row["candidates"] = len(problem.catalogue) if problem.full else problem.candidates.shape[2]
     row |= {"n_users": int(kept.sum()), "n_targets": int(kept.sum()) * ranks.first.shape[2]}
-    printed = {name: row[name] for name in METRICS}
-    if wrong := lint_metrics(printed, candidates=row["candidates"]):
-        raise TransferError(f"{system} on {problem.name!r}: {'; '.join(wrong)}")
     return row
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from scaling.transfer.features import device
 from scaling.transfer.problem import Problem, Split
 
 Ints = NDArray[np.int64]
@@ -24,7 +25,7 @@ Progress = Callable[[float], None]
 CHUNK = 1 << 15
 """Items whose vectors are made at once, over all replicas: bounds memory, not the result."""
 SCORED = 1 << 18
-"""Scores of pairs made at once."""
+"""Scores of pairs made at once, for which the items' vectors are copied: bounds memory."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,6 @@ class TowerSettings:
     max_epochs: int = 30
     patience: int = 3
     """Epochs without a lower validation loss before training stops; the best epoch is kept."""
-    weight_decay: float = 0.0
 
 
 class Towers(nn.Module):
@@ -95,11 +95,6 @@ def softmax_loss(logits: Tensor) -> Tensor:
     return logits.logsumexp(-1) - logits[..., 0]
 
 
-def device() -> torch.device:
-    """Where towers are trained."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def fit(
     towers: Towers,
     problem: Problem,
@@ -127,9 +122,7 @@ def fit(
     n_targets, n_negatives = candidates.shape[1], candidates.shape[2] - 1
     per_step = max(1, settings.batch_size // n_targets)
     validation = [Pairs.of(problem, split.validation) for split in splits]
-    optimiser = torch.optim.Adam(
-        towers.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
-    )
+    optimiser = torch.optim.Adam(towers.parameters(), lr=settings.lr)
     constants = {name: buffer.data for name, buffer in towers.named_buffers()}
     best = Fitted(towers, [float("inf")] * len(splits), [0] * len(splits))
     kept: list[dict[str, Tensor]] = [{} for _ in splits]
@@ -231,19 +224,31 @@ def score(towers: Towers, sets: Sequence[Pairs]) -> list[Tensor]:
     Returns:
         On the CPU, for each: [examples, targets, 1 + negatives]
     """
-    found = []
     towers.refresh()
     users = vectors(towers.user, [s.examples for s in sets], towers.replicas)
     items = vectors(towers.item, [s.used for s in sets], towers.replicas)
-    for pairs, of_user, of_item in zip(sets, users, items, strict=True):
-        size = max(1, SCORED // (pairs.places[0].size))
-        parts = []
-        for start in range(0, len(pairs.examples), size):
-            places = torch.from_numpy(pairs.places[start : start + size]).long()
-            mine = of_user[start : start + size]
-            parts.append(torch.einsum("bk,btck->btc", mine, of_item[places.to(mine.device)]).cpu())
-        found.append(torch.cat(parts))
-    return found
+    found = zip(users, items, sets, strict=True)
+    return [products(of_user, of_item, pairs.places) for of_user, of_item, pairs in found]
+
+
+def products(users: Tensor, items: Tensor, places: NDArray[np.integer]) -> Tensor:
+    """Inner products of users' vectors with those of their candidates, on the CPU.
+
+    Args:
+        users: [users, k]
+        items: [items, k]
+        places: rows of ``items``. [users, targets, candidates]
+
+    Returns:
+        [users, targets, candidates]
+    """
+    size = max(1, SCORED // places[0].size)
+    parts = []
+    for start in range(0, len(places), size):
+        chosen = torch.from_numpy(places[start : start + size]).long().to(items.device)
+        mine = users[start : start + size]
+        parts.append(torch.einsum("bk,btck->btc", mine, items[chosen]).cpu())
+    return torch.cat(parts)
 
 
 @torch.no_grad()

@@ -184,7 +184,7 @@ def test_texts_and_popularity_by_hand() -> None:
     context, split = Planted(problem, features.items), problem.split(0, 5)
     words = context.tfidf.toarray()
     user = int(split.test[0])
-    own = words[problem.histories(np.array([user]))].sum(0)
+    own = words[problem.before(np.array([user]))[1]].sum(0)
     cosine = words @ own / np.linalg.norm(own)
     found = SYSTEMS["tfidf"](context, split, 0).every(np.array([user]))[0]
     np.testing.assert_allclose(found, cosine, atol=1e-12)
@@ -208,13 +208,13 @@ def test_cooccurrence_by_hand() -> None:
     problem, features = popular(60)
     split = problem.split(0, 5)
     scorer = SYSTEMS["cooccurrence"](Planted(problem, features.items), split, 0)
-    baskets = [set(problem.histories(np.array([e]))) for e in range(60)]
+    baskets = [set(problem.before(np.array([e]))[1]) for e in range(60)]
     for e in split.train:
         baskets[e] |= set(problem.targets[e].tolist())
     bounds, logs = problem.pretraining  # type: ignore[misc]
     baskets += [set(logs[a:b]) for a, b in pairwise(bounds)]
     user = int(split.test[0])
-    history = set(problem.histories(np.array([user])))
+    history = set(problem.before(np.array([user]))[1])
     every = np.asarray(scorer.every(np.array([user])))[0]
     for item in (0, 1, 5, 20):
         expected = sum(sum(h in b and item in b for b in baskets) for h in history if h != item)
@@ -228,7 +228,7 @@ def test_popularity_counts_what_a_fold_may_know() -> None:
     counts = SYSTEMS["popularity"](context, split, 0).every(np.array([0]))[0]
     by_hand = np.zeros(len(problem.catalogue), int)
     for user in range(200):
-        for item in problem.histories(np.array([user])):
+        for item in problem.before(np.array([user]))[1]:
             by_hand[item] += 1
         if user in split.train:
             for item in problem.targets[user]:
@@ -254,7 +254,7 @@ def test_fields_of_users_by_hand() -> None:
     scaled = features.items / np.sqrt((features.items**2).mean())
     towers = deepfm.DeepFM(problem, problem.split(0, 5), features.items)
     for user in (0, 7, 19):
-        own = problem.histories(np.array([user]))
+        own = problem.before(np.array([user]))[1]
         np.testing.assert_allclose(towers.mean[user], scaled[own].mean(0), atol=1e-6)
         np.testing.assert_array_equal(towers.last[user], scaled[own[-1]])
     assert set(towers.length.tolist()) == {2}  # six logs: 4 <= 1 + 6 < 8
@@ -266,7 +266,7 @@ def test_popularity_as_a_field_counts_no_targets(form: str) -> None:
     problem, features = POSED[form]
     served = problem.split(0, 5).train if form == "leave one out" else np.arange(60)
     for posed in (problem, replace(problem, pretraining=None)):
-        count = Counter(problem.histories(served).tolist())
+        count = Counter(problem.before(served)[1].tolist())
         if posed.pretraining is not None:
             count.update(posed.pretraining[1].tolist())
         towers = deepfm.DeepFM(posed, problem.split(0, 5), features.items)
@@ -418,7 +418,7 @@ def test_vectors_for_the_hybrid_do_not_tell_of_any_target(seed: int) -> None:
     split, rng = problem.split(0, 5), np.random.default_rng(seed)
     other = replace(problem, candidates=rng.permutation(problem.candidates))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lightgcn, "fit", untrained)  # weights are those of the seed
+        patch.setattr("scaling.transfer.baselines.fit", untrained)  # weights are those of the seed
         found, again = (
             SYSTEMS["lightgcn"](Planted(p, features.items), split, 0) for p in (problem, other)
         )
@@ -448,7 +448,7 @@ def test_nor_do_they_by_another_part_of_the_same_user(part: int) -> None:
     )
     split = problem.split(0, 5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lightgcn, "fit", untrained)
+        patch.setattr("scaling.transfer.baselines.fit", untrained)
         found, again = (
             SYSTEMS["lightgcn"](Planted(p, features.items), split, 0) for p in (problem, altered)
         )

@@ -5,17 +5,24 @@ are trained in the same loop (``towers``), or they count. What they know of a fo
 ``Problem.known``.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
+from torch import nn
 
 from scaling.data.corpus import Corpus
-from scaling.transfer.problem import Problem
+from scaling.transfer.problem import Problem, Split
 from scaling.transfer.texts import reduced, sentence_vectors, tfidf
+from scaling.transfer.towers import Fitted, Towers, TowerSettings, fit
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -38,3 +45,44 @@ class Context:
         if self.weights is None:
             return reduced(self.tfidf)
         return sentence_vectors(self.corpus, self.problem.catalogue, self.weights)
+
+
+def learn(
+    problem: Problem, split: Split, seed: int, build: Callable[[], Towers], settings: TowerSettings
+) -> Fitted:
+    """Towers of one fold and seed, trained; nobody else's random numbers are moved.
+
+    Args:
+        build: makes them, by torch's own generator.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return fit(build(), problem, [split], [seed], settings)
+
+
+def scaled(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Vectors as layers expect their inputs: together of a mean square of 1. [items, width]"""
+    found: NDArray[np.float32] = vectors / np.sqrt((vectors**2).mean())
+    return found
+
+
+def mean_vectors(
+    vectors: NDArray[np.float32], rows: Ints, items: Ints, n_rows: int
+) -> NDArray[np.float32]:
+    """Mean vector of each row's items, zeros where it has none. [n_rows, width]
+
+    Args:
+        rows, items: of each log. [logs], [logs]
+    """
+    mean = np.zeros((n_rows, vectors.shape[1]), np.float32)
+    np.add.at(mean, rows, vectors[items])
+    mean /= np.maximum(np.bincount(rows, minlength=n_rows), 1)[:, None]
+    return mean
+
+
+def perceptron(widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers with ReLU between. [..., first width] -> [..., last width]"""
+    layers: list[nn.Module] = []
+    for inner, outer in pairwise(widths):
+        layers += [nn.Linear(inner, outer), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])

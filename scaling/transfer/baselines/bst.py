@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from scaling.config import ModelConfig
 from scaling.data.batches import latest
 from scaling.models.transformer import Layout, Stack, initialise
-from scaling.transfer.baselines import Context
+from scaling.transfer.baselines import Context, learn, perceptron, scaled
 from scaling.transfer.heads import HIDDEN
 from scaling.transfer.problem import Problem, Split
 from scaling.transfer.scoring import ByVectors, fitted_vectors
-from scaling.transfer.towers import Towers, TowerSettings, fit
+from scaling.transfer.towers import Towers, TowerSettings
 
 LATEST = 20
 """Most recent logs of a sequence. [logs]"""
@@ -40,18 +40,12 @@ class BST(Towers):
     def __init__(self, config: ModelConfig, problem: Problem, texts: NDArray[np.float32]) -> None:
         super().__init__()
         self.config, self.problem = config, problem
-        scaled = torch.from_numpy(texts / np.sqrt((texts**2).mean()))
-        self.register_buffer("texts", scaled, persistent=False)
+        self.register_buffer("texts", torch.from_numpy(scaled(texts)), persistent=False)
         self.stack = Stack(config, LATEST)
         initialise(self.stack, config.layers)
         self.token = nn.Linear(texts.shape[1], config.d_model)
         self.of_user = nn.Linear(config.d_model, WIDTH)
-        layers: list[nn.Module] = []
-        inner = texts.shape[1]
-        for outer in HIDDEN:
-            layers += [nn.Linear(inner, outer), nn.ReLU()]
-            inner = outer
-        self.of_item = nn.Sequential(*layers, nn.Linear(inner, WIDTH))
+        self.of_item = perceptron([texts.shape[1], *HIDDEN, WIDTH])
         self.nobody = nn.Parameter(torch.zeros(config.d_model))
         """Of a user without logs."""
 
@@ -83,8 +77,6 @@ def small(context: Context, split: Split, seed: int) -> ByVectors:
 
 
 def _fit(config: ModelConfig, context: Context, split: Split, seed: int) -> ByVectors:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        towers = BST(config, context.problem, context.texts)
-        fitted = fit(towers, context.problem, [split], [seed], SETTINGS)  # dropout draws, too
-    return fitted_vectors(context.problem, fitted)
+    problem, texts = context.problem, context.texts
+    fitted = learn(problem, split, seed, lambda: BST(config, problem, texts), SETTINGS)
+    return fitted_vectors(problem, fitted)

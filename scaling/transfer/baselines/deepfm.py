@@ -20,12 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from scaling.data.batches import latest
-from scaling.transfer.baselines import Context
+from scaling.transfer.baselines import Context, learn, mean_vectors, perceptron, scaled
 from scaling.transfer.baselines.popularity import count_items
 from scaling.transfer.problem import Problem, Split
 from scaling.transfer.scoring import ByVectors, fitted_vectors
-from scaling.transfer.towers import Towers, TowerSettings, fit
+from scaling.transfer.towers import Towers, TowerSettings
 
 FIELD = 64
 HIDDEN = (400, 400, 400)
@@ -46,17 +45,13 @@ class DeepFM(Towers):
 
     def __init__(self, problem: Problem, split: Split, texts: NDArray[np.float32]) -> None:
         super().__init__()
-        texts = texts / np.sqrt((texts**2).mean())
+        texts = scaled(texts)
         examples = np.arange(len(problem.user))
-        lengths, items = latest(*problem.history, examples, np.iinfo(np.int64).max)
-        mean = np.zeros((len(examples), texts.shape[1]), np.float32)
-        np.add.at(mean, np.repeat(examples, lengths), texts[items])
-        mean /= np.maximum(lengths, 1)[:, None]
+        lengths, items = problem.before(examples)
+        mean = mean_vectors(texts, np.repeat(examples, lengths), items, len(examples))
         last = np.zeros_like(mean)
         last[lengths > 0] = texts[items[(np.cumsum(lengths) - 1)[lengths > 0]]]
-        # a leave-one-out user's later histories have its own targets
-        served = split.train if problem.group is None else examples
-        logs = [problem.histories(served)]
+        logs = [problem.before(problem.served(split))[1]]
         if problem.pretraining is not None:
             logs.append(problem.pretraining[1])
         fields = {
@@ -74,12 +69,7 @@ class DeepFM(Towers):
         self.of_length, self.of_popularity = (nn.Embedding(BUCKETS, FIELD) for _ in range(2))
         for table in (self.of_length, self.of_popularity):
             nn.init.normal_(table.weight, std=0.1)
-        layers: list[nn.Module] = []
-        inner = 3 * FIELD
-        for outer in HIDDEN:
-            layers += [nn.Linear(inner, outer), nn.ReLU()]
-            inner = outer
-        self.network = nn.Sequential(*layers, nn.Linear(inner, FIELD))
+        self.network = perceptron([3 * FIELD, *HIDDEN, FIELD])
 
     def user(self, examples: Tensor) -> Tensor:
         fields = torch.stack(
@@ -112,7 +102,6 @@ def _buckets(counts: NDArray[np.int64]) -> Tensor:
 
 def deepfm(context: Context, split: Split, seed: int) -> ByVectors:
     """DeepFM."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        towers = DeepFM(context.problem, split, context.texts)
-    return fitted_vectors(context.problem, fit(towers, context.problem, [split], [seed], SETTINGS))
+    problem, texts = context.problem, context.texts
+    fitted = learn(problem, split, seed, lambda: DeepFM(problem, split, texts), SETTINGS)
+    return fitted_vectors(problem, fitted)

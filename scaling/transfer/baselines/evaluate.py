@@ -142,8 +142,7 @@ class _Study:
             tell(done / len(self.seeds))
             scorers.append(SYSTEMS[system](self.context, split, seed))
             found.append(scored(self.problem, split, scorers[-1]))
-        n = len(self.seeds) // len(self.splits)
-        outcome = gather(self.splits, [found[i : i + n] for i in range(0, len(found), n)])
+        outcome = gather(self.splits, found)
         learnt = [s for s in scorers if isinstance(s, ByVectors)]
         record = {
             **self.header,

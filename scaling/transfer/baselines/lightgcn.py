@@ -19,11 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from scaling.data.batches import latest
-from scaling.transfer.baselines import Context
+from scaling.transfer.baselines import Context, learn, mean_vectors, scaled
 from scaling.transfer.problem import Problem, Split
 from scaling.transfer.scoring import ByVectors, fitted_vectors
-from scaling.transfer.towers import Towers, TowerSettings, fit
+from scaling.transfer.towers import Towers, TowerSettings
 
 Ints = NDArray[np.int64]
 LAYERS = 3
@@ -108,12 +107,10 @@ class LightGCN(Towers):
         if texts is None:
             self.free = nn.Parameter(torch.randn(self.n_users + n_items, WIDTH) * 0.1)
         else:
-            mean = np.zeros((self.n_users, texts.shape[1]), np.float32)
-            np.add.at(mean, users, texts[items])
-            mean /= np.maximum(np.bincount(users, minlength=self.n_users), 1)[:, None]
-            scale = float(np.sqrt((texts**2).mean()))
+            texts = scaled(texts)
+            mean = mean_vectors(texts, users, items, self.n_users)
             for name, of in (("item_texts", texts), ("user_texts", mean)):
-                self.register_buffer(name, torch.from_numpy(of / scale), persistent=False)
+                self.register_buffer(name, torch.from_numpy(of), persistent=False)
             self.of_item = nn.Linear(texts.shape[1], WIDTH)
             self.of_user = nn.Linear(texts.shape[1], WIDTH)
 
@@ -150,10 +147,8 @@ def _fit(
     settings: TowerSettings,
 ) -> ByVectors:
     problem = context.problem
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        towers = LightGCN(problem, problem.known(split), texts)
-    fitted = fit(towers, problem, [split], [seed], settings)
+    known = problem.known(split)
+    fitted = learn(problem, split, seed, lambda: LightGCN(problem, known, texts), settings)
     found = fitted_vectors(problem, fitted)
     if texts is None:
         return found
@@ -161,12 +156,12 @@ def _fit(
     # from these vectors must meet all examples as those that are served: by their histories alone.
     # A user's histories of one part are of no other's targets, so each part has its own graph.
     users = torch.empty_like(found.users)
-    for part in range(3) if problem.group is None else [0]:
+    for part in np.unique(problem.part):
         examples = np.flatnonzero(problem.part == part)
-        lengths, items = latest(*problem.history, examples, np.iinfo(np.int64).max)
+        lengths, items = problem.before(examples)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             before = LightGCN(problem, (np.repeat(examples, lengths), items), texts)
-            before.load_state_dict(towers.state_dict())
+            before.load_state_dict(fitted.towers.state_dict())
             before.to(users.device)
             before.refresh()
             users[examples] = before.user(torch.from_numpy(examples).to(users.device))

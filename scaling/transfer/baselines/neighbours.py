@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from scaling.data.batches import latest
 from scaling.transfer.baselines import Context
 from scaling.transfer.baselines.popularity import known as known_counts
 from scaling.transfer.baselines.popularity import pretraining as pretraining_counts
@@ -44,7 +43,7 @@ class BySimilarity:
 
     def every(self, examples: Ints) -> Floats:
         """As ``scoring.Scorer``."""
-        lengths, items = latest(*self.problem.history, examples, np.iinfo(np.int64).max)
+        lengths, items = self.problem.before(examples)
         row = np.repeat(np.arange(len(examples)), lengths)
         shape = (len(examples), len(self.problem.catalogue))
         profile = csr_array((np.ones(len(items)), (row, items)), shape=shape) @ self.left
