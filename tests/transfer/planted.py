@@ -1,9 +1,12 @@
-"""Planted problems: users whose choices are known, for tests of what learns from them."""
+"""Planted problems, users whose choices are known, for tests of what learns from them; and a small
+run."""
 
 from typing import Any
 
 import numpy as np
 
+from scaling.config import ModelConfig, RunConfig
+from scaling.data.corpus import Corpus
 from scaling.transfer.heads import Features
 from scaling.transfer.problem import Problem
 
@@ -53,3 +56,23 @@ def popular(n_users: int = 200, seed: int = 0) -> tuple[Problem, Features]:
     order = np.argsort(-(np.log(weight) + rng.gumbel(size=(n_users, N_ITEMS))), axis=1)
     noise = rng.normal(size=(n_users, 3)), rng.normal(size=(N_ITEMS, 4))
     return problem_of(order), Features(*(x.astype(np.float32) for x in noise))
+
+
+def configure(corpus: Corpus, **changes: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "model": ModelConfig(layers=1, d_model=8, heads=2),
+            "data": {
+                "corpus_digest": corpus.card.digest,
+                "vocab_size": corpus.card.vocab_size,
+                "n_services": len(corpus.card.services),
+                "items_per_user": 4,
+            },
+            "batch_size": 16,
+            "negatives": 16,
+            "steps": 6,
+            "evaluations": 2,
+            "pool": corpus.card.pool,
+            **changes,
+        }
+    )

@@ -18,13 +18,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from planted import configure
 from safetensors.torch import save_file
 from test_features import alone, elsewhere, forget
 from typer.testing import CliRunner
 
 import scaling.transfer.features as features
 from scaling.cli import app
-from scaling.config import ModelConfig, RunConfig
+from scaling.config import RunConfig
 from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.tasks import Task
 from scaling.files import RecordError, sha256, write_json
@@ -54,26 +55,6 @@ def publish(run: RunDir, config: RunConfig, step: int, **values: float) -> Any:
             "sha256": digest, "config": config.model_dump(mode="json")}  # fmt: skip
     write_json(folder / "config.json", card)
     return model
-
-
-def configure(corpus: Corpus, **changes: Any) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "model": ModelConfig(layers=1, d_model=8, heads=2),
-            "data": {
-                "corpus_digest": corpus.card.digest,
-                "vocab_size": corpus.card.vocab_size,
-                "n_services": len(corpus.card.services),
-                "items_per_user": CAP,
-            },
-            "batch_size": 16,
-            "negatives": 16,
-            "steps": 6,
-            "evaluations": 2,
-            "pool": corpus.card.pool,
-            **changes,
-        }
-    )
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from planted import configure
 
-from scaling.config import Evaluation, ModelConfig, RunConfig, TrainSettings, TransferSettings
+from scaling.config import Evaluation, TrainSettings, TransferSettings
 from scaling.data import tokenizer
 from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.prepare import prepare
@@ -26,26 +27,6 @@ from scaling.transfer.features import item_features
 from scaling.transfer.foreign import as_seen_by
 from scaling.transfer.metrics import METRICS
 from scaling.transfer.problem import TransferError
-
-
-def configure(corpus: Corpus, **changes: Any) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "model": ModelConfig(layers=1, d_model=8, heads=2),
-            "data": {
-                "corpus_digest": corpus.card.digest,
-                "vocab_size": corpus.card.vocab_size,
-                "n_services": len(corpus.card.services),
-                "items_per_user": 4,
-            },
-            "batch_size": 16,
-            "negatives": 16,
-            "steps": 6,
-            "evaluations": 2,
-            "pool": corpus.card.pool,
-            **changes,
-        }
-    )
 
 
 @pytest.fixture
