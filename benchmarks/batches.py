@@ -275,7 +275,7 @@ def compare(folder: Path, users: int, items: int, batch_size: int, turns: int) -
             items_sq=behaviours_sq,
             rows=users * len(SERVICES),
             users=users,
-            n_services=len(SERVICES),
+            n_views=len(SERVICES),
             negatives=batch_size,
         ).total
         for name, model in MODELS.items()

@@ -194,7 +194,7 @@ def flops_of(config: ModelConfig, batch: PackedBatch) -> float:
     return exact_flops(
         config, tokens=items.sum(), tokens_sq=(items**2).sum(), items=rows.sum(),
         items_sq=(rows**2).sum(), rows=batch.n_rows, users=batch.n_users,
-        n_services=batch.n_services, negatives=batch.n_users,
+        n_views=batch.n_views, negatives=batch.n_users,
     ).total  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def make_batches(rows: Ints, rng: np.random.Generator) -> tuple[PackedBatch, Pac
             token_offsets=np.append(0, np.cumsum(lengths[encoded])),
             items=items,
             item_offsets=np.append(0, np.cumsum(rows)),
-            n_services=2,
+            n_views=2,
         )
 
     return packed(once[places], np.arange(len(places))), packed(once, places)
@@ -121,7 +121,7 @@ def flops_of(model: ModelConfig, batch: PackedBatch) -> float:
         items_sq=(batch.row_lengths**2).sum(),
         rows=batch.n_rows,
         users=batch.n_users,
-        n_services=batch.n_services,
+        n_views=batch.n_views,
         negatives=batch.n_users,
     ).total
 

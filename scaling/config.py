@@ -10,6 +10,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 from decimal import Decimal
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -130,12 +132,32 @@ class DataConfig(Frozen):
     """Entries of the corpus's tokenizer, pad and service tokens included."""
     n_services: Count = 2
     """Services whose views of one user are contrasted."""
+    services: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    """Which ones, in the corpus's order; None: all of the corpus's pretraining."""
     data_fraction: Fraction = 1.0
     """Share of pretraining users; a prefix of the corpus, so that fractions are nested."""
     items_per_user: Annotated[Count, Field(le=MAX_ITEMS)] = 128
     """Cap S on a user's most recent items, per service. [items]"""
     shuffle: StrictBool = True
     """New batch composition every epoch; False: fixed composition (Fig. 3, right)."""
+
+    @model_validator(mode="after")
+    def _counted(self) -> Self:
+        if self.services is not None and self.n_services != len(self.services):
+            raise ValueError(f"n_services = {self.n_services}, but services = {self.services}")
+        return self
+
+    @property
+    def n_views(self) -> int:
+        """Views of one user that are contrasted: one a service, two of a single one."""
+        return max(2, self.n_services)
+
+
+SINGLE_LOGS = (
+    "users have a single log of {!r}, the only service, whose halves are to be contrasted; prepare "
+    "the corpus with users.min_logs = 2 or more"
+)
+"""Why a service cannot be contrasted with itself."""
 
 
 class OptimConfig(Frozen):
@@ -163,9 +185,15 @@ class PoolConfig(Frozen):
     """Digest of the pool's users and their logs."""
 
 
-ADDED: dict[str, Any] = {"gather": "exact", "gather_ranks": None, "distinct_items": False}
-"""Fields of ``RunConfig`` that the first runs did not have, with the value they ran under. It is
-part of the definition of ``run_key``: never change a value, whatever becomes of the default."""
+ADDED: dict[str, Any] = {
+    "gather": "exact",
+    "gather_ranks": None,
+    "distinct_items": False,
+    "data.services": None,
+}
+"""Fields of ``RunConfig`` and its parts that the first runs did not have, with the value they ran
+under. It is part of the definition of ``run_key``: never change a value, whatever becomes of the
+default."""
 
 
 class RunConfig(Frozen):
@@ -238,9 +266,11 @@ class RunConfig(Frozen):
         that they keep their names.
         """
         science = self.model_dump(mode="json")
-        for name, before in ADDED.items():
-            if science[name] == before:
-                del science[name]
+        for path, before in ADDED.items():
+            *parents, name = path.split(".")
+            part = reduce(getitem, parents, science)
+            if part[name] == before:
+                del part[name]
         return short_digest(canonical_json(science))
 
     @property
@@ -277,6 +307,18 @@ class CorpusCard(Frozen):
     ``MAX_ITEMS`` or more."""
     tokens_per_item: tuple[float, ...]
     """Share of behaviours whose item has 0, 1, ... ``MAX_TOKENS`` tokens, the service token too."""
+
+    def pool_of(self, services: tuple[str, ...] | None) -> PoolConfig | None:
+        """The pool as a run on some of the services meets it: other views of its users are
+        contrasted, so it is another pool.
+
+        Args:
+            services: of pretraining; None: all.
+        """
+        if self.pool is None or services is None:
+            return self.pool
+        digest = short_digest(canonical_json([self.pool.digest, services]))
+        return self.pool.model_copy(update={"digest": digest})
 
     def fraction_users(self, fraction: float) -> int:
         """Users in a data fraction. [users]"""

@@ -11,6 +11,7 @@ parameters, 8 at 160M), so an exponent fitted on one axis is not the exponent on
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scaling.config import MAX_ITEMS, MAX_TOKENS, MAX_TOKENS_SINGLE, CorpusCard, ModelConfig
 
@@ -122,7 +123,7 @@ def exact_flops(
     items_sq: float,
     rows: float,
     users: float,
-    n_services: int,
+    n_views: int,
     negatives: int,
 ) -> ExactFlops:
     """FLOPs of forward and backward over logs of given lengths.
@@ -137,9 +138,9 @@ def exact_flops(
         tokens_sq: sum of l^2 over the same.
         items: sum of the lengths n of the rows; unused for ``single``. [items]
         items_sq: sum of n^2 over the rows; unused for ``single``.
-        rows: users times services.
-        users: users, each contrasted over every pair of services.
-        n_services: services per user.
+        rows: users times views.
+        users: users, each contrasted over every pair of views.
+        n_views: views per user.
         negatives: users in one chunk of the loss.
     """
     d = model.d_model
@@ -148,7 +149,7 @@ def exact_flops(
     def stack(elements: float, elements_sq: float) -> float:
         return 3 * model.layers * (2 * block * elements + 4 * d * elements_sq)
 
-    pairs = n_services * (n_services - 1) // 2
+    pairs = n_views * (n_views - 1) // 2
     return ExactFlops(
         item=stack(tokens, tokens_sq),
         service=0 if model.system == "single" else stack(items, items_sq),
@@ -157,13 +158,17 @@ def exact_flops(
     )
 
 
-def mean_items(card: CorpusCard, items_per_user: int) -> float:
-    """Realised items per user and service: the mean of min(n, S) over users and services. [items]
+def mean_items(
+    card: CorpusCard, items_per_user: int, services: tuple[str, ...] | None = None
+) -> float:
+    """Realised items per user and view: the mean of min(n, S) over users and views. [items]
 
     Args:
         items_per_user: the cap S.
+        services: those of pretraining that are contrasted; None: all.
     """
-    return float(np.mean([_moments(h, items_per_user)[0] for h in card.items_per_user.values()]))
+    views = _views(card, items_per_user, services)
+    return float(np.mean([share @ lengths for share, lengths in views]))
 
 
 def mean_tokens(card: CorpusCard) -> float:
@@ -178,6 +183,7 @@ def expected_flops(
     steps: int,
     items_per_user: int,
     negatives: int,
+    services: tuple[str, ...] | None = None,
 ) -> ExactFlops:
     """Expected exact FLOPs of a run, from the corpus's histograms of lengths.
 
@@ -188,31 +194,41 @@ def expected_flops(
     token_mean, token_sq = _moments(card.tokens_per_item, MAX_TOKENS)
     variance = token_sq - token_mean**2
     tokens = tokens_sq = items = items_sq = 0.0
-    for histogram in card.items_per_user.values():
-        mean, mean_sq = _moments(histogram, items_per_user)
-        items += users * mean
-        items_sq += users * mean_sq
+    views = _views(card, items_per_user, services)
+    for share, n in views:
+        items += users * float(share @ n)
+        items_sq += users * float(share @ n**2)
         if model.system == "single":
-            share = np.asarray(histogram)
-            n = np.minimum(np.arange(len(share)), items_per_user)
             row = n * token_mean
             row_sq = n * variance + row**2
             tokens += users * float(share @ np.minimum(row, MAX_TOKENS_SINGLE))
             tokens_sq += users * float(share @ np.minimum(row_sq, MAX_TOKENS_SINGLE**2))
     if model.system == "clue":
         tokens, tokens_sq = items * token_mean, items * token_sq
-    n_services = len(card.items_per_user)
     return exact_flops(
         model,
         tokens=tokens,
         tokens_sq=tokens_sq,
         items=items,
         items_sq=items_sq,
-        rows=users * n_services,
+        rows=users * len(views),
         users=users,
-        n_services=n_services,
+        n_views=len(views),
         negatives=negatives,
     )
+
+
+def _views(
+    card: CorpusCard, items_per_user: int, services: tuple[str, ...] | None
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Shares and lengths of the rows of each view (``data.batches.views``): of each service, or of
+    the halves of one. [lengths], [lengths]"""
+    shares = [np.asarray(card.items_per_user[s]) for s in services or card.services]
+    counts = [np.arange(len(s), dtype=float) for s in shares]
+    if len(shares) > 1:
+        return [(s, np.minimum(n, items_per_user)) for s, n in zip(shares, counts, strict=True)]
+    kept = np.minimum(counts[0], 2 * items_per_user)
+    return [(shares[0], kept // 2), (shares[0], kept - kept // 2)]
 
 
 def _moments(histogram: tuple[float, ...], cap: int) -> tuple[float, float]:

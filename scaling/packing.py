@@ -18,7 +18,8 @@ Ints = NDArray[np.int64]
 class PackedBatch:
     """Users' logs, ragged at both levels.
 
-    Rows are service-major: row ``service * n_users + user``. Every row has at least one item and
+    A user has a row for each view that is contrasted: of each service, or of each half of a single
+    one. Rows are view-major: row ``view * n_users + user``. Every row has at least one item and
     every item at least one token.
     """
 
@@ -30,18 +31,18 @@ class PackedBatch:
     """Items of all rows, as indices into the items above, oldest first. [behaviours]"""
     item_offsets: Ints
     """Row ``r`` has ``items[item_offsets[r]:item_offsets[r + 1]]``. [rows + 1]"""
-    n_services: int
-    """Services of the batch; rows / n_services users."""
+    n_views: int
+    """Views of each user; rows / n_views users."""
 
     @property
     def n_rows(self) -> int:
-        """Rows: users times services."""
+        """Rows: users times views."""
         return len(self.item_offsets) - 1
 
     @property
     def n_users(self) -> int:
         """Users of the batch."""
-        return self.n_rows // self.n_services
+        return self.n_rows // self.n_views
 
     @property
     def item_lengths(self) -> Ints:

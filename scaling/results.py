@@ -34,7 +34,7 @@ TRAIN_POINTS = 200
 
 STR, INT, FLOAT, BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 
-_PLAN_TEXT = {"run_key", "sweep", "model", "precision", "gather"}
+_PLAN_TEXT = {"run_key", "sweep", "model", "services", "precision", "gather"}
 _PLAN_FLAGS = {"shuffle", "distinct_items"}
 _PLAN_REAL = {
     "items_per_user_mean", "tokens_per_item_mean", "data_fraction", "epochs", "repeats", "lr",

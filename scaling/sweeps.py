@@ -32,6 +32,7 @@ from pydantic import Field, PrivateAttr
 
 from scaling.config import (
     PAPER_VOCABULARY,
+    SINGLE_LOGS,
     ConfigError,
     CorpusCard,
     Frozen,
@@ -75,6 +76,7 @@ PLAN_COLUMNS = {
     "sequence_length": "S of the paper's formula: items; of a single Transformer, tokens",
     "tokens_per_item_mean": "mean tokens of a behaviour's item [tokens]",
     "data_fraction": "share of pretraining users",
+    "services": "services of pretraining that are contrasted; null: all of the corpus",
     "shuffle": "whether every epoch has a new batch composition",
     "n_users": "users of that share [users]",
     "users_seen": "distinct users a run meets: min(n_users, steps x batch_size); without shuffle "
@@ -101,7 +103,7 @@ RUN_KEYS = (
     "batch_size", "negatives", "steps", "evaluations", "precision", "gather", "gather_ranks",
     "distinct_items",
 )  # fmt: skip
-DATA_KEYS = ("items_per_user", "data_fraction", "shuffle")
+DATA_KEYS = ("items_per_user", "data_fraction", "services", "shuffle")
 POINT_KEYS = (
     "model",
     "dropout",
@@ -242,21 +244,23 @@ class Grid(Frozen):
         model = self._model(point["model"], card, where)
         if "dropout" in point:
             model = ModelConfig.parse({**model.model_dump(), "dropout": point["dropout"]}, where)
+        services = _services(point.get("services"), card, where)
         config = _parse_run(
             {
                 "model": model,
                 "data": {
                     "corpus_digest": card.digest or NOMINAL_DIGEST,
                     "vocab_size": card.vocab_size,
-                    "n_services": len(card.services),
                     **{k: point[k] for k in DATA_KEYS if k in point},
+                    "n_services": len(services or card.services),
+                    "services": services,
                 },
                 "negatives": point["batch_size"],
                 **{k: point[k] for k in RUN_KEYS if k in point},
                 "optim": {
                     k.removeprefix("optim."): v for k, v in point.items() if k.startswith("optim.")
                 },
-                "pool": card.pool or PoolConfig(size=1, digest=NOMINAL_DIGEST),
+                "pool": card.pool_of(services) or PoolConfig(size=1, digest=NOMINAL_DIGEST),
                 "seed": seed,
             },
             where,
@@ -268,6 +272,10 @@ class Grid(Frozen):
                 f"{where}: batch_size = {config.batch_size} exceeds the {n_users} users of "
                 f"data_fraction = {config.data.data_fraction:g} of corpus {card.name}"
             )
+        if config.data.n_services == 1:
+            only = (services or card.services)[0]
+            if card.items_per_user[only][1]:
+                raise SweepError(f"{where}: corpus {card.name}: {SINGLE_LOGS.format(only)}")
         return config
 
     def _model(self, value: Any, card: CorpusCard, where: str) -> ModelConfig:
@@ -338,8 +346,9 @@ def plan_row(
     flops = paper_flops(parameters.n_total, config.batch_size, config.steps, config.sequence_length)
     drawn = n_users if data.shuffle else n_users // config.batch_size * config.batch_size
     exact = expected_flops(
-        model, card, config.batch_size, config.steps, data.items_per_user, config.negatives
-    ).total
+        model, card, config.batch_size, config.steps, data.items_per_user, config.negatives,
+        data.services,
+    ).total  # fmt: skip
     return {
         "run_key": config.run_key if card.digest else None,
         "sweep": sweep,
@@ -354,10 +363,11 @@ def plan_row(
         "batch_size": config.batch_size,
         "negatives": config.negatives,
         "items_per_user": data.items_per_user,
-        "items_per_user_mean": mean_items(card, data.items_per_user),
+        "items_per_user_mean": mean_items(card, data.items_per_user, data.services),
         "sequence_length": config.sequence_length,
         "tokens_per_item_mean": mean_tokens(card),
         "data_fraction": data.data_fraction,
+        "services": None if data.services is None else "+".join(data.services),
         "shuffle": data.shuffle,
         "n_users": n_users,
         "users_seen": min(drawn, views),
@@ -421,6 +431,21 @@ def write_sweep(root: Path, grid: Grid, card: CorpusCard, runs: Sequence[Planned
         },
     )
     return folder
+
+
+def _services(asked: Any, card: CorpusCard, where: str) -> tuple[str, ...] | None:
+    """Services to contrast in the corpus's order; None: all, so that it is the run it was."""
+    if asked is None:
+        return None
+    names = asked if isinstance(asked, list | tuple) else [asked]
+    unknown = [n for n in names if n not in card.services]
+    if unknown or not names or len(set(names)) < len(names):
+        raise SweepError(
+            f"{where}: services = {asked!r}; valid: one or more of the services of pretraining of "
+            f"corpus {card.name}, each once: {', '.join(card.services)}"
+        )
+    ordered = tuple(s for s in card.services if s in names)
+    return None if ordered == card.services else ordered
 
 
 def _flat(settings: Mapping[str, Any], where: str) -> Point:

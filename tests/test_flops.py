@@ -106,7 +106,7 @@ def uniform_batch(users: int, services: int, items: int, tokens: int) -> PackedB
         token_offsets=np.arange(n + 1) * tokens,
         items=np.arange(n),
         item_offsets=np.arange(users * services + 1) * items,
-        n_services=services,
+        n_views=services,
     )
 
 
@@ -151,7 +151,7 @@ def test_exact_flops_are_pytorch_s_count(
         items_sq=rows * items**2,
         rows=rows,
         users=users,
-        n_services=services,
+        n_views=services,
         negatives=negatives,
     )
     assert flops.total == counter.get_total_flops()
@@ -161,7 +161,7 @@ def test_parts_by_hand() -> None:
     """One layer of width 2 on one item of 3 tokens in each of 2 rows, 1 user, 2 services."""
     config = ModelConfig(layers=1, d_model=2, heads=1)
     flops = exact_flops(
-        config, tokens=6, tokens_sq=18, items=2, items_sq=2, rows=2, users=1, n_services=2,
+        config, tokens=6, tokens_sq=18, items=2, items_sq=2, rows=2, users=1, n_views=2,
         negatives=1,
     )  # fmt: skip
     # Forward, per token: q, k, v, out 4 x 2x2 and feed-forward 2 x 2x8 = 48 multiply-adds; per pair
@@ -208,7 +208,7 @@ def test_expected_flops_are_exact_where_all_lengths_are_equal(system: str) -> No
         items_sq=rows * 12**2,
         rows=rows,
         users=160,
-        n_services=2,
+        n_views=2,
         negatives=8,
     )
     for part in ("item", "service", "head", "loss"):
@@ -234,11 +234,27 @@ def test_expected_flops_are_the_mean_over_drawn_logs() -> None:
         items_sq=int(sum((r**2).sum() for r in rows.values())),
         rows=2 * users,
         users=users,
-        n_services=2,
+        n_views=2,
         negatives=4,
     )
     expected = expected_flops(config, c, 4, users // 4, cap, 4)
     assert expected.total == pytest.approx(drawn.total, rel=0.01)
+
+
+@pytest.mark.parametrize("system", ["clue", "single"])
+def test_a_service_alone_is_counted_by_the_halves_of_its_latest_logs(system: str) -> None:
+    config = ModelConfig.parse({"system": system, "layers": 2, "d_model": 8, "heads": 1}, "test")
+    c = card({"a": {3: 0.5, 40: 0.5}, "b": {9: 1.0}}, {5: 1.0})
+    rows = [1, 2, 10, 10]  # of two users: 3 logs as 1 and 2, of 40 the latest 20
+    lengths = [5 * n for n in rows] if system == "single" else [5] * sum(rows)
+    exact = exact_flops(
+        config, tokens=sum(lengths), tokens_sq=sum(n * n for n in lengths), items=sum(rows),
+        items_sq=sum(n * n for n in rows), rows=4, users=2, n_views=2, negatives=2,
+    )  # fmt: skip
+    expected = expected_flops(config, c, 2, 1, 10, 2, ("a",))
+    assert expected.total == pytest.approx(exact.total)
+    assert mean_items(c, 10, ("a",)) == pytest.approx(sum(rows) / 4)
+    assert mean_items(c, 10, ("b", "a")) == pytest.approx(((3 + 10) / 2 + 9) / 2)
 
 
 def test_a_single_transformer_s_rows_end_at_2048_tokens() -> None:

@@ -145,7 +145,7 @@ def test_a_batch_counts_rows_users_and_lengths() -> None:
         token_offsets=np.array([0, 2, 5, 9]),
         items=np.array([0, 1, 2, 1, 0, 2]),
         item_offsets=np.array([0, 2, 3, 5, 6]),
-        n_services=2,
+        n_views=2,
     )
     assert (batch.n_rows, batch.n_users) == (4, 2)
     assert batch.item_lengths.tolist() == [2, 3, 4]

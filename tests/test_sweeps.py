@@ -22,6 +22,7 @@ from scaling.config import (
 )
 from scaling.data.batches import step_users
 from scaling.data.prepare import read_card
+from scaling.data.recipe import read_corpus_file
 from scaling.sweeps import (
     PLAN_COLUMNS,
     POINT_KEYS,
@@ -151,8 +152,8 @@ def test_every_key_reaches_the_configuration() -> None:
     values: dict[str, Any] = {
         "model": "2x128", "dropout": 0.2, "batch_size": 16, "negatives": 4, "steps": 77,
         "evaluations": 7, "precision": "bf16", "items_per_user": 9, "data_fraction": 0.5,
-        "shuffle": False, "optim.lr": 1e-3, "optim.betas": [0.8, 0.9], "optim.eps": 1e-7,
-        "optim.weight_decay": 0.2, "optim.warmup": 0.2, "optim.final_lr": 0.2,
+        "shuffle": False, "services": ["shop"], "optim.lr": 1e-3, "optim.betas": [0.8, 0.9],
+        "optim.eps": 1e-7, "optim.weight_decay": 0.2, "optim.warmup": 0.2, "optim.final_lr": 0.2,
         "optim.clip_norm": 2.0, "gather": "local", "gather_ranks": 2, "distinct_items": True,
     }  # fmt: skip
     assert set(values) == set(POINT_KEYS)
@@ -161,17 +162,54 @@ def test_every_key_reaches_the_configuration() -> None:
         {
             "model": {"layers": 2, "d_model": 128, "heads": 2, "dropout": 0.2},
             "data": {
-                "corpus_digest": DIGEST, "vocab_size": 1000, "n_services": 2, "items_per_user": 9,
-                "data_fraction": 0.5, "shuffle": False,
+                "corpus_digest": DIGEST, "vocab_size": 1000, "n_services": 1, "items_per_user": 9,
+                "data_fraction": 0.5, "services": ["shop"], "shuffle": False,
             },
             "batch_size": 16, "negatives": 4, "steps": 77, "evaluations": 7, "precision": "bf16",
             "gather": "local", "gather_ranks": 2, "distinct_items": True,
             "optim": {k.removeprefix("optim."): v for k, v in values.items() if "." in k},
-            "pool": {"size": 64, "digest": DIGEST},
+            "pool": card().pool_of(("shop",)),
             "seed": 3,
         },
         "expected",
     )  # fmt: skip
+
+
+def test_services_are_taken_in_the_corpus_s_order_and_all_of_them_are_none() -> None:
+    three = card(
+        services=["search", "shop", "news"],
+        items_per_user={s: [0.0, 0.0, 1.0] for s in ("search", "shop", "news")},
+    )
+
+    def run(services: list[str] | None) -> Any:
+        base = {"model": "1x16", "batch_size": 8} | ({"services": services} if services else {})
+        [planned] = grid(base=base).runs(three)
+        return planned
+
+    whole = run(None)
+    assert run(["news", "shop", "search"]).config == whole.config
+    assert (whole.row["services"], whole.config.pool) == (None, three.pool)
+    pair, only = run(["news", "search"]), run(["news"])
+    assert pair.config == run(["search", "news"]).config
+    assert pair.config.data.services == ("search", "news")
+    assert (pair.row["services"], only.row["services"]) == ("search+news", "news")
+    assert [r.config.data.n_services for r in (whole, pair, only)] == [3, 2, 1]
+    assert [r.config.data.n_views for r in (whole, pair, only)] == [3, 2, 2]
+    # A loss over other views of the pool's users does not compare.
+    assert len({r.config.pool.digest for r in (whole, pair, only)}) == 3
+    assert {r.config.pool.size for r in (whole, pair, only)} == {64}
+
+
+def test_a_service_with_single_logs_cannot_be_contrasted_with_itself() -> None:
+    lengths = {"search": [0.0, 0.1, 0.9], "shop": [0.0, 0.0, 1.0]}
+    some = card(items_per_user=lengths)
+    [run] = grid(base={"model": "1x16", "batch_size": 8, "services": ["shop"]}).runs(some)
+    assert run.row["items_per_user_mean"] == 1
+    with pytest.raises(ConfigError, match=r"a single log of 'search'.*users\.min_logs = 2"):
+        grid(base={"model": "1x16", "batch_size": 8, "services": ["search"]}).runs(some)
+    alone = card(services=["search"], items_per_user={"search": lengths["search"]})
+    with pytest.raises(ConfigError, match="a single log of 'search'"):
+        grid(base={"model": "1x16", "batch_size": 8}).runs(alone)
 
 
 # ---- models -------------------------------------------------------------------------------------
@@ -315,6 +353,12 @@ def test_names_are_safe_in_paths(tmp_path: Path, name: str) -> None:
         ({"model": "1x16", "batch_size": 8, "items_per_user": 1000}, "items_per_user = 1000: "),
         ({"model": "1x16", "batch_size": 8, "steps": 10}, "evaluations = 20 exceeds steps = 10"),
         ({"model": "1x16", "batch_size": 8, "optim.lr": -1}, "optim.lr = -1: "),
+        ({"model": "1x16", "batch_size": 8, "services": ["news"]},
+         "services = ['news']; valid: one or more of the services of pretraining of corpus test, "
+         "each once: search, shop"),
+        ({"model": "1x16", "batch_size": 8, "services": ["shop", "shop"]}, "each once: search"),
+        ({"model": "1x16", "batch_size": 8, "services": []}, "services = []; valid: one or more"),
+        ({"model": "1x16", "batch_size": 8, "services": 3}, "services = 3; valid: one or more"),
     ],
 )  # fmt: skip
 def test_a_wrong_point_is_refused_when_planned(base: dict[str, Any], message: str) -> None:
@@ -380,9 +424,10 @@ def test_a_plan_row_by_hand() -> None:
             "n_total": n_total, "n_non_embedding": 2 * stack + 2 * d * d + 1,
             "n_item": stack, "n_service": stack, "batch_size": 8, "negatives": 4,
             "items_per_user": 50, "items_per_user_mean": 18.0, "sequence_length": 50,
-            "tokens_per_item_mean": 6.0, "data_fraction": 0.5, "shuffle": False, "n_users": 5000,
-            "users_seen": 5000, "epochs": 1.6, "repeats": 0.6, "steps": 1000, "seed": 5,
-            "lr": 5e-4, "eps": 1e-6, "clip_norm": 0.01, "precision": "fp32", "gather": "exact",
+            "tokens_per_item_mean": 6.0, "data_fraction": 0.5, "services": None, "shuffle": False,
+            "n_users": 5000, "users_seen": 5000, "epochs": 1.6, "repeats": 0.6, "steps": 1000,
+            "seed": 5, "lr": 5e-4, "eps": 1e-6, "clip_norm": 0.01, "precision": "fp32",
+            "gather": "exact",
             "gather_ranks": None, "distinct_items": False,
             "flops": flops, "flops_exact": exact, "pf_days": flops / 8.64e19,
             "pf_days_exact": exact / 8.64e19,
@@ -582,7 +627,14 @@ def test_every_sweep_file_is_in_the_readme_with_its_runs() -> None:
         assert sweep.name == path.stem
         assert (path.parent / sweep.corpus).exists() or sweep.corpus.exists()
         vocabulary = 50_257 if sweep.corpus.name == "paper.toml" else 1000
-        runs = sweep.runs(card(vocab_size=vocabulary, n_users=11_294_122))
+        lengths = card().items_per_user["shop"]
+        services = read_corpus_file(sweep.corpus).services
+        runs = sweep.runs(
+            card(
+                services=services, items_per_user=dict.fromkeys(services, lengths),
+                vocab_size=vocabulary, n_users=11_294_122,
+            )
+        )  # fmt: skip
         assert f"]({path.name}) | {len(runs)} |" in readme
 
 

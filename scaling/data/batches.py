@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scaling.config import RunConfig
+from scaling.config import SINGLE_LOGS, DataConfig, RunConfig
 from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.permutation import key_of, permute
 from scaling.packing import PackedBatch, spans
@@ -79,6 +79,30 @@ def make_batch(
     return pack_items(corpus, ragged, distinct)
 
 
+def views(corpus: Corpus, users: Any, data: DataConfig, distinct: bool = False) -> PackedBatch:
+    """Rows that a run contrasts of some users: one of each service. A single service is contrasted
+    with itself: the earlier and the later half of a user's most recent 2 S items, as the halves of
+    a log are matched in UserBERT's pretraining (Wu et al. 2022).
+
+    Args:
+        users: rows of the corpus's users. [users]
+        distinct: as of ``make_batch``.
+
+    Raises:
+        CorpusError: a user has one log of the single service, which has no halves.
+    """
+    services = data.services or corpus.card.services
+    if len(services) > 1:
+        return make_batch(corpus, users, data.items_per_user, services, distinct)
+    users = np.asarray(users)
+    lengths, items = latest(*corpus.users(services[0]), users, 2 * data.items_per_user)
+    if lengths.min(initial=2) < 2:
+        raise CorpusError(f"{corpus.path}: {SINGLE_LOGS.format(services[0])}")
+    starts, earlier = np.cumsum(lengths) - lengths, lengths // 2
+    halves = [(starts, earlier), (starts + earlier, lengths - earlier)]
+    return pack_items(corpus, [(n, items[spans(s, n)]) for s, n in halves], distinct)
+
+
 def latest(offsets: Any, items: Any, rows: Ints, cap: int) -> tuple[Ints, Ints]:
     """Lengths and items of some rows of a ragged store, each cut to its last ``cap``."""
     ends = offsets[rows + 1].astype(np.int64)
@@ -97,7 +121,7 @@ def pack_items(corpus: Corpus, ragged: Sequence[tuple[Ints, Ints]], distinct: bo
         token_offsets=token_offsets,
         items=places,
         item_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        n_services=len(ragged),
+        n_views=len(ragged),
     )
 
 
@@ -162,9 +186,8 @@ class Batches:
         self._drawn: tuple[int, Ints] = -1, np.empty(0, np.int64)
 
     def batch(self, step: int) -> PackedBatch:
-        """This rank's users of a step (from 0), their logs of all services of pretraining."""
-        items_per_user = self.config.data.items_per_user
-        return make_batch(self.corpus, self._users(step), items_per_user, distinct=self.distinct)
+        """This rank's users of a step (from 0), with the views that are contrasted."""
+        return views(self.corpus, self._users(step), self.config.data, self.distinct)
 
     def _users(self, step: int) -> Ints:
         """This rank's users of a step; those of a few steps are drawn together."""

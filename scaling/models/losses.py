@@ -1,6 +1,6 @@
 """The contrastive loss of CLUE (Shin et al. 2023, eq. 4), always in fp32.
 
-Symbols: S services, U users of the batch, K users contrasted with each other, d width.
+Symbols: V views, U users of the batch, K users contrasted with each other, d width.
 """
 
 from itertools import combinations
@@ -38,24 +38,24 @@ def scale(logit_scale: Tensor) -> Tensor:
 
 
 def logits(projected: Tensor, logit_scale: Tensor, negatives: int) -> Tensor:
-    """Scaled cosines between services for every pair of services and chunk of users.
+    """Scaled cosines between views for every pair of views and chunk of users.
 
     Args:
-        projected: f(z) of every service and user. [S, U, d]
+        projected: f(z) of every view and user. [V, U, d]
         logit_scale: log of tau. [1]
         negatives: K; must divide U.
 
     Returns:
-        Row user against column user. [S (S - 1) / 2, U / K, K, K]
+        Row user against column user. [V (V - 1) / 2, U / K, K, K]
     """
-    services, users, d = projected.shape
-    unit = F.normalize(projected.float(), dim=-1).view(services, users // negatives, negatives, d)
-    pairs = [unit[a] @ unit[b].transpose(-1, -2) for a, b in combinations(range(services), 2)]
+    views, users, d = projected.shape
+    unit = F.normalize(projected.float(), dim=-1).view(views, users // negatives, negatives, d)
+    pairs = [unit[a] @ unit[b].transpose(-1, -2) for a, b in combinations(range(views), 2)]
     return scale(logit_scale) * torch.stack(pairs)
 
 
 def contrastive_loss(projected: Tensor, logit_scale: Tensor, negatives: int) -> Tensor:
-    """Symmetric cross-entropy (l_AB + l_BA) / 2, mean over users and pairs of services. [nats]
+    """Symmetric cross-entropy (l_AB + l_BA) / 2, mean over users and pairs of views. [nats]
 
     Args as in ``logits``. At chance it is ln K.
     """

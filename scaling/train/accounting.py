@@ -79,16 +79,16 @@ def flops_of(config: RunConfig, counts: Mapping[str, float]) -> ExactFlops:
     Args:
         counts: by ``COUNTED``.
     """
-    services = config.data.n_services
+    views = config.data.n_views
     return exact_flops(
         config.model,
         tokens=counts["tokens"],
         tokens_sq=counts["tokens_sq"],
         items=counts["items"],
         items_sq=counts["items_sq"],
-        rows=counts["users"] * services,
+        rows=counts["users"] * views,
         users=counts["users"],
-        n_services=services,
+        n_views=views,
         negatives=config.negatives,
     )
 

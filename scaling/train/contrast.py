@@ -36,7 +36,7 @@ class Contrast:
     loss: Tensor
     """Mean over all users of the batch, the same on every rank. [nats]"""
     projected: Tensor
-    """With respect to f(z) of this rank's users. [services, users, d]"""
+    """With respect to f(z) of this rank's users. [views, users, d]"""
     logit_scale: Tensor
     """With respect to the log of tau. [1]"""
 
@@ -44,7 +44,7 @@ class Contrast:
         """A scalar whose gradient is the loss's, for an engine that starts from a scalar.
 
         Args:
-            own: f(z) of this rank's users, with its graph. [services, users, d]
+            own: f(z) of this rank's users, with its graph. [views, users, d]
             parameter: the model's logit scale. [1]
         """
         through = (own.float() * self.projected).sum()
@@ -55,7 +55,7 @@ def contrast(own: Tensor, logit_scale: Tensor, config: RunConfig, ranks: Ranks) 
     """Loss and gradients of one step; every rank calls it.
 
     Args:
-        own: f(z) of this rank's users. [services, users, d]
+        own: f(z) of this rank's users. [views, users, d]
         logit_scale: log of tau, in fp32. [1]
     """
     users, first = own.shape[1], ranks.rank * own.shape[1]
@@ -86,20 +86,20 @@ def _own_rows(own: Tensor, everyone: Tensor, tau: Tensor, negatives: int, first:
     """Cross-entropy of a rank's users against constant candidates, mean over both directions. []
 
     Args:
-        own: [services, users, d]; of the chunks of K candidates they fill several or share one.
-        everyone: [services, batch, d]
+        own: [views, users, d]; of the chunks of K candidates they fill several or share one.
+        everyone: [views, batch, d]
         first: place of the rank's first user in the batch.
     """
-    services, users, d = own.shape
+    views, users, d = own.shape
     k = min(negatives, users)
     place = torch.arange(first, first + users, device=own.device)
-    rows = F.normalize(own, dim=-1).view(services, users // k, k, d)
-    chunks = F.normalize(everyone, dim=-1).view(services, -1, negatives, d)
+    rows = F.normalize(own, dim=-1).view(views, users // k, k, d)
+    chunks = F.normalize(everyone, dim=-1).view(views, -1, negatives, d)
     candidates = chunks[:, place[::k] // negatives]
     target = place % negatives
     factor = scale(tau)
     losses = []
-    for a, b in permutations(range(services), 2):
+    for a, b in permutations(range(views), 2):
         scores = factor * rows[a] @ candidates[b].transpose(-1, -2)
         losses.append(F.cross_entropy(scores.flatten(0, 1), target))
     return torch.stack(losses).mean()

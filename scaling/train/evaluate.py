@@ -15,7 +15,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from scaling.config import RunConfig
-from scaling.data.batches import make_batch
+from scaling.data.batches import views
 from scaling.data.corpus import Corpus
 from scaling.models.clue import MAX_SCALE, ContrastiveEncoder
 from scaling.models.losses import logits, scale, symmetric_cross_entropy
@@ -32,7 +32,7 @@ class Evaluation:
 
     def __init__(self, corpus: Corpus, config: RunConfig) -> None:
         self.size = config.pool.size
-        chunk = max(1, CHUNK_ITEMS // (config.data.items_per_user * config.data.n_services))
+        chunk = max(1, CHUNK_ITEMS // (config.data.items_per_user * config.data.n_views))
         self.pool = list(_chunks(corpus, "pool", config, chunk))
         self.validation = list(_chunks(corpus, "validation", config, chunk))
         self.smaller = [n for n in (16, 64, 256, 1024, 4096) if n < self.size]
@@ -120,21 +120,19 @@ def _chunks(corpus: Corpus, split: str, config: RunConfig, users: int) -> Iterat
     if split == "pool":
         members = members[: config.pool.size]
     for first in range(0, len(members), users):
-        yield make_batch(
-            corpus, members[first : first + users], config.data.items_per_user, distinct=True
-        )
+        yield views(corpus, members[first : first + users], config.data, distinct=True)
 
 
 def _embed(
     model: ContrastiveEncoder, batches: list[PackedBatch], should_stop: Callable[[], bool] | None
 ) -> Tensor | None:
-    """f(z) of all users [services, users, d]; None if stopped on the way."""
+    """f(z) of all users [views, users, d]; None if stopped on the way."""
     parts = []
     for batch in batches:
         if should_stop is not None and should_stop():
             return None
         projected = model.project(model(batch)).float()
-        parts.append(projected.view(batch.n_services, batch.n_users, -1))
+        parts.append(projected.view(batch.n_views, batch.n_users, -1))
     return torch.cat(parts, dim=1)
 
 

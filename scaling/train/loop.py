@@ -291,7 +291,7 @@ def _backward(
     model: ContrastiveEncoder = engine.module
     with watch.phase("forward"):
         projected = model.project(engine(batch, micro_batch_tokens))
-        own = projected.view(config.data.n_services, batch.n_users, -1)
+        own = projected.view(config.data.n_views, batch.n_users, -1)
         found = contrast(own, tau, config, ranks)
         surrogate = found.surrogate(own, model.logit_scale)
     with watch.phase("backward"):
@@ -326,7 +326,7 @@ def _check(config: RunConfig, corpus: Corpus, settings: TrainSettings, ranks: Ra
             f"{corpus.path}: its tokenizer has {card.vocab_size} entries, "
             f"the run {config.data.vocab_size}"
         )
-    if card.pool is None or card.pool.digest != config.pool.digest:
+    if card.pool_of(config.data.services) != config.pool:
         raise ConfigError(f"{corpus.path}: its pool is not the run's")
     if config.batch_size % ranks.world_size:
         raise ConfigError(

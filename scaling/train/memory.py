@@ -47,11 +47,11 @@ def find_micro_batch(
         batch: of the run; the heaviest of its users are encoded.
     """
     size = next(model.parameters()).element_size()
-    d, services = config.model.d_model, config.data.n_services
+    d, views = config.model.d_model, config.data.n_views
     items = len(batch.token_offsets) - 1
     embeddings = 2 * (items + len(batch.items)) * d * size  # and their gradients
-    users = config.batch_size * services
-    pairs = services * (services - 1) // 2
+    users = config.batch_size * views
+    pairs = views * (views - 1) // 2
     loss = 4 * (6 * users * d + 6 * pairs * config.batch_size * config.negatives)
     gradients = 2 * sum(p.numel() * size for p in model.parameters())  # DeepSpeed's bucket, too
     left = SHARE[ranks.device.type] * free_memory(ranks) - embeddings - loss - gradients
@@ -100,11 +100,11 @@ def _tokens_of_rows(batch: PackedBatch) -> Ints:
 
 def heaviest_users(batch: PackedBatch, tokens: int) -> PackedBatch:
     """The users with the most tokens, one at least, until there are so many tokens."""
-    services, users = batch.n_services, batch.n_users
-    of_user = _tokens_of_rows(batch).reshape(services, users).sum(axis=0)
+    views, users = batch.n_views, batch.n_users
+    of_user = _tokens_of_rows(batch).reshape(views, users).sum(axis=0)
     order = np.argsort(-of_user, kind="stable")
     n = min(users, int(np.searchsorted(np.cumsum(of_user[order]), tokens)) + 1)
-    rows = (np.arange(services)[:, None] * users + order[:n]).ravel()
+    rows = (np.arange(views)[:, None] * users + order[:n]).ravel()
     row_lengths = batch.row_lengths[rows]
     items = batch.items[spans(batch.item_offsets[rows], row_lengths)]
     lengths = batch.item_lengths[items]
@@ -113,7 +113,7 @@ def heaviest_users(batch: PackedBatch, tokens: int) -> PackedBatch:
         token_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
         items=np.arange(len(items)),
         item_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(row_lengths)]),
-        n_services=services,
+        n_views=views,
     )
 
 
@@ -215,7 +215,7 @@ def _fits(
         model.train()
         projected = model.project(model(batch, micro_batch_tokens))
         everyone = torch.randn(
-            config.data.n_services,
+            config.data.n_views,
             config.batch_size,
             config.model.d_model,
             device=model.device,

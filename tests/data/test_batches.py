@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling.config import RunConfig
+from scaling.config import DataConfig, RunConfig
 from scaling.data import batches as batches_module
 from scaling.data import corpus as corpus_module
-from scaling.data.batches import Batches, make_batch, pack_items, step_users
+from scaling.data.batches import Batches, make_batch, pack_items, step_users, views
 from scaling.data.corpus import Corpus, CorpusError
 
 sizes = st.tuples(st.integers(2, 60), st.integers(1, 60)).filter(lambda s: s[1] <= s[0])
@@ -136,9 +136,45 @@ def test_make_batch_equals_slicing(corpus, distinct, cap, services):
     batch = make_batch(corpus, users, cap, services, distinct)
     names = services or corpus.card.services
     assert unpacked(batch) == plain_rows(corpus, users, cap, names)
-    assert (batch.n_users, batch.n_services) == (3, len(names))
+    assert (batch.n_users, batch.n_views) == (3, len(names))
     if not distinct:
         assert batch.items.tolist() == list(range(len(batch.items)))
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+@pytest.mark.parametrize("cap", [1, 3, 256])
+def test_a_service_alone_is_halved_in_time(corpus, distinct, cap):
+    users = np.array([5, 0, 3])
+    data = DataConfig(
+        corpus_digest=corpus.card.digest, vocab_size=corpus.card.vocab_size,
+        n_services=1, services=("garden",), items_per_user=cap,
+    )  # fmt: skip
+    logs = plain_rows(corpus, users, 2 * cap, ["garden"])
+    earlier = [log[: len(log) // 2] for log in logs]
+    later = [log[len(log) // 2 :] for log in logs]
+    batch = views(corpus, users, data, distinct)
+    assert unpacked(batch) == earlier + later
+    assert (batch.n_users, batch.n_views) == (3, 2)
+    assert max(map(len, later)) <= cap
+
+
+@pytest.mark.parametrize("services", [None, ("garden", "books")])
+def test_views_of_several_services_are_a_row_each(corpus, services):
+    data = DataConfig(
+        corpus_digest=corpus.card.digest, vocab_size=corpus.card.vocab_size,
+        services=services, n_services=2, items_per_user=3,
+    )  # fmt: skip
+    users = np.array([5, 0, 3])
+    names = services or corpus.card.services
+    assert unpacked(views(corpus, users, data)) == plain_rows(corpus, users, 3, names)
+
+
+def test_a_user_with_one_log_has_no_halves():
+    corpus = InMemory([[1], [2]], {"s": [[0, 1], [1]]}, ("u2", "u4", "u1"))
+    data = DataConfig(corpus_digest="a" * 16, vocab_size=3, n_services=1)
+    assert views(corpus, [0], data).n_rows == 2
+    with pytest.raises(CorpusError, match="a single log of 's'"):
+        views(corpus, [0, 1], data)
 
 
 class InMemory(Corpus):

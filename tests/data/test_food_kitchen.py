@@ -3,6 +3,9 @@
 Counts and reference figures come from independent programs over the same files.
 """
 
+import gzip
+import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +120,46 @@ def test_among_popular_negatives_popularity_is_below_chance(corpus, name):
     assert found[1] > 0.3 * chance[1]
     task, same = Task.open(corpus, f"{name}_popular"), Task.open(corpus, name)
     assert (task.targets == same.targets).all()
+
+
+def test_three_services_are_those_of_the_same_reviewers(tmp_path, clue_test_data, monkeypatch):
+    """Users and logs of the corpus that joins Beauty, by a plain join of the files."""
+    monkeypatch.setenv("CLUE_DATA", str(clue_test_data))
+    corpus = Corpus.open(prepare(CORPUS_FILE.with_name("food_kitchen_beauty.toml"), tmp_path))
+    corpus.verify()
+
+    def read(name):
+        with gzip.open(clue_test_data / name, "rt", encoding="utf-8") as f:
+            return f.read()
+
+    titled = set()
+    for name in ("food_kitchen/titles_food", "food_kitchen/titles_kitchen", "beauty/titles"):
+        rows = (line.split("\t") for line in read(f"amazon14_{name}.tsv.gz").splitlines())
+        titled |= {asin for asin, title in rows if title.strip()}
+    logs = Counter()  # of a reviewer in a service
+    for folder, services in (
+        ("amazon14_food_kitchen/abxi_afk", ("food", "kitchen")),
+        ("amazon14_beauty/abxi_abe", ("beauty", "electronics")),
+    ):
+        items = json.loads(read(f"{folder}/map_item_50.txt.gz"))
+        named = {number: (asin, services[s]) for asin, (number, s) in items.items()}
+        users = {v: k for k, v in json.loads(read(f"{folder}/map_user_50.txt.gz")).items()}
+        for line in read(f"{folder}/{folder[-3:]}_50_preprocessed.txt.gz").splitlines():
+            user, *entries = line.split()
+            for entry in entries:
+                asin, service = named[int(entry.partition("|")[0])]
+                if asin in titled:
+                    logs[users[int(user)], service] += 1
+    names = ("food", "kitchen", "beauty")
+    counts = [[logs[u, s] for s in names] for u in {u for u, _ in logs}]
+    least = np.array(counts).min(axis=1)
+    eligible, able = int((least >= 4).sum()), int((least >= 2).sum())
+    assert (eligible, able) == (1_910, 1_990)
+    assert corpus.card.services == names
+    downstream = round(0.4 * eligible)
+    assert corpus.card.n_users == able - downstream
+    for name in names:
+        assert Task.open(corpus, name).n_users == downstream
+    pretrained = sum(int(corpus.users(s)[0][corpus.card.n_users]) for s in names)
+    held = sum(int(corpus.users(s)[0][-1]) for s in names) - pretrained
+    assert 0 < held < pretrained < sum(logs.values())

@@ -986,6 +986,74 @@ def test_amazon_sequences(tmp_path):
     ]
 
 
+def joined(folder, **changes):
+    """Two sets of which users 1 and 0 are one person, and each has another one."""
+    amazon(folder, "0 1|100\n1 2|200\n")
+    (folder / "u.txt").write_text('{"ANN": 0, "BEA": 1}')
+    (folder / "s2.txt").write_text("0 1|150\n1 1|300\n2 1|400\n")
+    (folder / "m2.txt").write_text('{"C": [1, 0], "A": [2, 1]}')
+    (folder / "u2.txt").write_text('{"BEA": 0, "CAT": 1}')
+    second = {
+        "sequences": "s2.txt", "item_map": "m2.txt", "user_map": "u2.txt",
+        "titles": {"beauty": "a.tsv", "garden": "b.tsv"},
+    }  # fmt: skip
+    source = {
+        "kind": "amazon_sequences", "sequences": "s.txt", "item_map": "m.txt", "user_map": "u.txt",
+        "titles": {"food": "a.tsv", "kitchen": "b.tsv"}, "joined": [{**second, **changes}],
+    }  # fmt: skip
+    return source_config(source, "test")
+
+
+def test_sets_of_sequences_are_joined_by_raw_ids(tmp_path):
+    config = joined(tmp_path)
+    assert len(set(source_files(config, tmp_path))) == 8
+    frame = read(config, tmp_path)
+    sound = frame[frame.problem.isnull()].sort_values(["user", "time"])
+    found = sound[["user", "service", "item", "time"]].to_numpy().tolist()
+    assert found == [
+        ["ANN", "food", "A", 100],
+        ["BEA", "beauty", "C", 150],
+        ["BEA", "kitchen", "B", 200],
+        ["CAT", "beauty", "C", 300],
+    ]
+    assert frame.problem.dropna().tolist() == [f"{tmp_path / 's2.txt'}:3: unknown user '2'"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"user_map": None}, "give each a user_map"),
+        ({"titles": {"food": "a.tsv"}}, "service 'food' is in more than one set"),
+        ({"users": "u2.txt"}, "unknown key 'joined.0.users'; valid keys: item_map, sequences"),
+    ],
+)
+def test_sets_that_cannot_be_joined_are_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        joined(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("user_map", "message"),
+    [
+        ("[]", "not a JSON object of raw id: user"),
+        ('{"BEA": "x"}', "not a JSON object of raw id: user"),
+        ('{"BEA": 0, "CAT": 0}', "1 raw ids have a number of another"),
+    ],
+)
+def test_a_wrong_user_map_is_refused(tmp_path, user_map, message):
+    config = joined(tmp_path)
+    (tmp_path / "u2.txt").write_text(user_map)
+    with pytest.raises(CorpusError, match=f"u2.txt: {message}"):
+        read(config, tmp_path)
+
+
+def test_a_source_of_one_set_has_the_digest_it_had(tmp_path):
+    alone = amazon(tmp_path, "")
+    assert set(alone.model_dump()) == {"kind", "sequences", "item_map", "titles"}
+    assert {"user_map", "joined"} < set(joined(tmp_path).model_dump())
+    assert "joined" not in joined(tmp_path).model_dump()["joined"][0]
+
+
 @pytest.mark.parametrize(
     "item_map",
     ["", "[]", '{"A": 1}', '{"A": [1, 2]}', '{"A": [1, -1]}', '{"\\ud800": [1, 0]}'],

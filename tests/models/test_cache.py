@@ -18,7 +18,7 @@ from scaling.models.transformer import chunk_bounds
 
 def loss_and_gradients(model, batch, micro_batch_tokens):
     projected = model.project(model(batch, micro_batch_tokens))
-    views = projected.view(batch.n_services, batch.n_users, -1)
+    views = projected.view(batch.n_views, batch.n_users, -1)
     loss = contrastive_loss(views.double(), model.logit_scale, batch.n_users)
     return loss, torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
 

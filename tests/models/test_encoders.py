@@ -29,7 +29,7 @@ def make_batch(rng, row_lengths, longest=12, distinct=None):
         token_offsets=np.concatenate([[0], item_lengths.cumsum()]),
         items=items,
         item_offsets=np.concatenate([[0], np.cumsum(row_lengths)]),
-        n_services=2,
+        n_views=2,
     )
 
 
@@ -117,7 +117,7 @@ def test_distinct_items_encoded_once_give_the_same_users(rng):
         token_offsets=np.concatenate([[0], lengths.cumsum()]),
         items=np.arange(len(batch.items)),
         item_offsets=batch.item_offsets,
-        n_services=2,
+        n_views=2,
     )
     assert torch.allclose(model(batch), model(spread), rtol=0, atol=1e-12)
 
@@ -130,7 +130,7 @@ def test_a_user_does_not_depend_on_the_others_of_the_batch(rng):
         token_offsets=batch.token_offsets[6:9] - batch.token_offsets[6],
         items=np.arange(2),
         item_offsets=np.array([0, 2]),
-        n_services=1,
+        n_views=1,
     )
     assert torch.allclose(model(batch)[1], model(alone)[0], rtol=0, atol=1e-12)
 
@@ -171,7 +171,7 @@ def test_exact_flops_are_those_torch_counts():
         token_offsets=np.arange(rows * n + 1) * length,
         items=np.arange(rows * n),
         item_offsets=np.arange(rows + 1) * n,
-        n_services=2,
+        n_views=2,
     )
     config = ModelConfig(layers=2, d_model=32, heads=2, dropout=0.0)
     model = build(config, VOCAB)
@@ -185,7 +185,7 @@ def test_exact_flops_are_those_torch_counts():
         items_sq=rows * n**2,
         rows=rows,
         users=2,
-        n_services=2,
+        n_views=2,
         negatives=2,
     )
     assert counter.get_total_flops() == expected.total - expected.loss

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from scaling.config import ConfigError, ModelConfig, RunConfig, TrainSettings
-from scaling.data.batches import Batches, make_batch
+from scaling.data.batches import Batches, make_batch, pack_items
 from scaling.data.corpus import Corpus
 from scaling.flops import exact_flops
 from scaling.models import build
@@ -131,7 +131,7 @@ def test_training_equals_a_plain_pytorch_loop(corpus, tmp_path, stage):
         batch = Batches(corpus, config).batch(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        projected = model.project(model(batch)).view(config.data.n_services, 16, -1)
+        projected = model.project(model(batch)).view(config.data.n_views, 16, -1)
         loss = contrastive_loss(projected, model.logit_scale, 8)
         optimizer.zero_grad()
         loss.backward()
@@ -143,12 +143,41 @@ def test_training_equals_a_plain_pytorch_loop(corpus, tmp_path, stage):
     model.eval()
     with torch.no_grad():
         pool = make_batch(corpus, range(rows.start, rows.stop), 4)
-        projected = model.project(model(pool)).view(config.data.n_services, config.pool.size, -1)
+        projected = model.project(model(pool)).view(config.data.n_views, config.pool.size, -1)
         expected = contrastive_loss(projected, model.logit_scale, config.pool.size)
     assert result["loss"] == pytest.approx(expected.item(), rel=1e-4)
     assert result["chance"] == pytest.approx(math.log(config.pool.size))
     for name, value in parameters(run).items():
         assert torch.allclose(value, model.state_dict()[name], atol=1e-4), name
+
+
+def test_a_service_alone_is_contrasted_by_its_halves(corpus, tmp_path):
+    service = corpus.card.services[1]
+    config = configure(corpus)
+    config = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"services": (service,), "n_services": 1}),
+            "pool": corpus.card.pool_of((service,)),
+        }
+    )
+    run = RunDir.create(tmp_path, config, "tiny")
+    result = train(run, corpus, TrainSettings(threads=1))
+    model = build(config.model, config.data.vocab_size, config.seed)
+    model.load_state_dict(parameters(run))
+    offsets, items = corpus.users(service)
+    pool = range(corpus.split("pool").start, corpus.split("pool").stop)
+    logs = [items[offsets[u] : offsets[u + 1]][-8:].astype(np.int64) for u in pool]
+    halves = [log[: len(log) // 2] for log in logs], [log[len(log) // 2 :] for log in logs]
+    ragged = [(np.array([len(x) for x in half]), np.concatenate(half)) for half in halves]
+    with torch.no_grad():
+        z = model.eval().project(model(pack_items(corpus, ragged, distinct=False)))
+        loss = contrastive_loss(z.view(2, len(pool), -1), model.logit_scale, len(pool))
+    assert result["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert result["users"] == 24 * 16
+    assert result["flops_by_part"]["loss"] == 6 * 24 * 16 * 16 * config.model.d_model
+    other = config.model_copy(update={"pool": corpus.card.pool})
+    with pytest.raises(ConfigError, match="its pool is not the run's"):
+        train(RunDir.create(tmp_path, other, "tiny"), corpus, TrainSettings(threads=1))
 
 
 @pytest.mark.slow
@@ -253,10 +282,10 @@ def test_counters_are_those_of_the_batches(undisturbed, corpus):
         items += sum(int(n) for n in batch.row_lengths)
         items_sq += sum(int(n) ** 2 for n in batch.row_lengths)
     assert (result["tokens"], result["items"], result["users"]) == (tokens, items, 24 * 16)
-    n = config.data.n_services
+    n = config.data.n_views
     expected = exact_flops(
         config.model, tokens=tokens, tokens_sq=tokens_sq, items=items, items_sq=items_sq,
-        rows=24 * 16 * n, users=24 * 16, n_services=n, negatives=16,
+        rows=24 * 16 * n, users=24 * 16, n_views=n, negatives=16,
     )  # fmt: skip
     assert result["flops_exact"] == expected.total
 

@@ -48,7 +48,7 @@ def test_the_heaviest_users_are_a_batch_of_their_own(seed, users, tokens):
         token_offsets=np.append(0, item_lengths.cumsum()),
         items=rng.integers(0, 9, lengths.sum()),
         item_offsets=np.append(0, lengths.cumsum()),
-        n_services=2,
+        n_views=2,
     )
     part = memory.heaviest_users(batch, tokens)
     whole, n = rows_of(batch), part.n_users

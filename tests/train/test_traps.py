@@ -552,7 +552,7 @@ def random_batch(
         token_offsets=np.append(0, item_lengths.cumsum()),
         items=rng.integers(0, n_items, total) if distinct else np.arange(total),
         item_offsets=np.append(0, row_lengths.cumsum()),
-        n_services=2,
+        n_views=2,
     )
 
 
@@ -670,7 +670,7 @@ def test_two_identical_logs_leave_a_loss_of_ln_2_that_no_encoder_can_lower(rng):
         token_offsets=one.token_offsets,
         items=np.concatenate(twice),
         item_offsets=np.append(0, np.cumsum([len(r) for r in twice])),
-        n_services=2,
+        n_views=2,
     )
     model = build(ModelConfig(layers=1, d_model=8, heads=1, dropout=0.0), 50, 1)
     with torch.no_grad():

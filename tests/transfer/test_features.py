@@ -55,7 +55,7 @@ def alone(model: Any, corpus: Corpus, log: np.ndarray) -> np.ndarray:
         token_offsets=np.cumsum([0, *map(len, texts)]),
         items=np.arange(len(log)),
         item_offsets=np.array([0, len(log)]),
-        n_services=1,
+        n_views=1,
     )
     with torch.no_grad():
         return model(batch)[0].numpy()  # type: ignore[no-any-return]
