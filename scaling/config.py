@@ -371,11 +371,20 @@ class Evaluation(Frozen):
     """Means nothing for a ``leave_one_out`` task, whose users are all tested at once."""
     seeds: Count = 1
     """Seeds 0, 1, ... of the head; metrics are means over them."""
+    feature_dim: Count | None = None
+    """Width of a user's features in one service, after a linear layer that is learnt of the frozen
+    encoder (``transfer.reduce``); None: as the encoder gives them."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Its JSON; what came later is left out where it was not asked for, so that keys stay."""
+        left_out = {"feature_dim"} if self.feature_dim is None else set()
+        return self.model_dump(mode="json", exclude=left_out)
 
     @property
     def key(self) -> str:
         """Name of the record: ``<task>-<8 letters>``."""
-        return f"{self.task}-{short_digest(canonical_json(self.model_dump(mode='json')))[:8]}"
+        return f"{self.task}-{short_digest(canonical_json(self.record))[:8]}"
 
 
 class TransferSettings(Frozen):
@@ -392,6 +401,9 @@ class TransferSettings(Frozen):
     """User features from the task's own service, or from all its history services."""
     folds: Literal[2, 5, 10] = 5
     seeds: Count = 1
+    feature_dim: Count | None = None
+    """Dimensions of a user's features in one service, reduced after the training; to have them
+    reduced in it is the encoder's ``feature_dim``."""
 
 
 def canonical_json(obj: Any) -> bytes:

@@ -13,6 +13,7 @@
         result.json                        the run is over: done or diverged
         transfer/wanted/<key>.json         a downstream evaluation that a sweep declares
                  <key>.json, .parquet      what it left
+        reductions/step-000012000-f100/    a layer that an evaluation reduced the features by
         mirrors/                           copies of the metrics in other programs' formats
 
 A *generation* is a start of the run that may write. It exists once its metrics file does, and a
@@ -145,7 +146,7 @@ class RunDir:
         """Declare downstream evaluations: the run is not over without them."""
         for evaluation in evaluations:
             path = self.path / "transfer" / "wanted" / f"{evaluation.key}.json"
-            create_json(path, evaluation.model_dump(mode="json"))
+            create_json(path, evaluation.record)
 
     def wanted(self) -> list[Evaluation]:
         """The evaluations declared, by name.

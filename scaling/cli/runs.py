@@ -121,6 +121,13 @@ def transfer(
     folds: Annotated[int, typer.Option(help="Folds of the users: 2, 5 or 10.")] = 5,
     seeds: Annotated[int, typer.Option(help="Seeds of the heads.")] = 1,
     history: Annotated[str, typer.Option(help="target: the task's own log; or all.")] = "target",
+    feature_dim: Annotated[
+        int | None,
+        typer.Option(
+            help="Reduce a user's features of a service to so many dimensions, by a layer learnt "
+            "of the frozen encoder; default: as they are."
+        ),
+    ] = None,
     step: Annotated[
         int | None, typer.Option(help="Exported step; default: the run's last one.")
     ] = None,
@@ -159,9 +166,12 @@ def transfer(
                 "tasks": task or fit_tasks(corpus, history),
                 "heads": head or ["u-mlp"],
                 **{"folds": folds, "seeds": seeds, "history": history},
+                "feature_dim": feature_dim,
             },
             "transfer",
         )
+    elif feature_dim is not None:
+        settings = settings.model_copy(update={"feature_dim": feature_dim})
     wanted = evaluations(root, corpus, settings)
     rows: list[dict[str, Any]] = []
     with progress("transfer") as update:

@@ -33,6 +33,7 @@ def evaluations(root: Path, corpus: Corpus, settings: TransferSettings) -> list[
                     history=settings.history,
                     folds=settings.folds,
                     seeds=settings.seeds,
+                    feature_dim=settings.feature_dim,
                 )
             )
     return found

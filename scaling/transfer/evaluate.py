@@ -1,11 +1,13 @@
 """Downstream evaluation of a run's frozen encoder (docs/decisions/0006-transfer-protocol.md)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scaling.config import Evaluation
 from scaling.data.corpus import Corpus
@@ -26,6 +28,7 @@ from scaling.transfer.problem import (
     pose,
     replicas,
 )
+from scaling.transfer.reduce import Reduction, learn
 from scaling.transfer.scoring import (
     ByVectors,
     Outcome,
@@ -39,6 +42,7 @@ from scaling.transfer.scoring import (
 from scaling.transfer.towers import Fitted, fit, vectors
 
 Progress = Callable[[float, str], None]
+Floats = NDArray[np.float32]
 
 
 def evaluate(
@@ -71,6 +75,7 @@ def evaluate(
             nothing is computed. Or the encoder's features are not finite (a diverged run).
         RecordError: the run has not exported that step, or a record is torn.
         CorpusError: there is no such corpus or task.
+        ReductionError: the features are no wider than an evaluation's ``feature_dim``.
     """
     config = run.spec()
     if corpus.card.digest != config.data.corpus_digest:
@@ -123,7 +128,7 @@ class _Encoder:
     def __init__(self, run: RunDir, corpus: Corpus, step: int) -> None:
         self.run, self.corpus, self.step = run, corpus, step
         self.config = run.spec()
-        self._features: dict[tuple[str, ...], tuple[Problem, Features]] = {}
+        self._features: dict[Any, tuple[Problem, Features]] = {}
 
     @cached_property
     def model(self) -> ContrastiveEncoder:
@@ -138,7 +143,7 @@ class _Encoder:
         header = {
             "run_key": self.run.run_key,
             "step": self.step,
-            "evaluation": evaluation.model_dump(mode="json"),
+            "evaluation": evaluation.record,
             "towers": asdict(HEAD),
         }
         if (found := _recorded(path, header)) is not None:
@@ -148,7 +153,9 @@ class _Encoder:
             beside = vectors_beside(self.run.root, corpus, task, problem, evaluation, tell)
             features = Features(features.users, features.items, beside)
         outcome, fitted = _outcome(problem, features, evaluation, tell)
-        rows = rows_of(problem, outcome, f"{self.config.model.system}/{evaluation.head}")
+        reduced = f"/f{evaluation.feature_dim}" if evaluation.feature_dim else ""
+        system = f"{self.config.model.system}/{evaluation.head}{reduced}"
+        rows = rows_of(problem, outcome, system)
         write_per_user(path.with_suffix(".parquet"), per_user_table(problem, task.keys, outcome))
         trained = {
             "epochs": fitted.epochs,
@@ -161,13 +168,22 @@ class _Encoder:
         self, evaluation: Evaluation, corpus: Corpus, task: Task
     ) -> tuple[Problem, Features]:
         """A task as arrays, with features of its examples and items: the same for all heads."""
-        key = _posed(evaluation)
+        key = _posed(evaluation), evaluation.feature_dim
         if key not in self._features:
             problem, texts = pose(corpus, task), as_seen_by(corpus, self.corpus)
             cap = self.config.data.items_per_user
-            features = _features(self.model, texts, task, problem, evaluation.history, cap)
+            layers = self._layers(evaluation.feature_dim) if evaluation.feature_dim else None
+            features = _features(self.model, texts, task, problem, evaluation.history, cap, layers)
             self._features[key] = problem, features
         return self._features[key]
+
+    def _layers(self, feature_dim: int) -> Mapping[str, Floats]:
+        """Layers that reduce features, by service; learnt once and kept with the run."""
+        folder = self.run.path / "reductions" / f"step-{self.step:09d}-f{feature_dim}"
+        if not folder.exists():
+            dims = feature_dim * len(self.corpus.card.services)
+            learn(self.run, self.corpus, dims, folder, step=self.step)
+        return Reduction.read(folder).matrices
 
 
 def _record_path(run: RunDir, evaluation: Evaluation, step: int, last: int) -> Path:
@@ -214,15 +230,27 @@ def _features(
     problem: Problem,
     history: str,
     items_per_user: int,
+    layers: Mapping[str, Floats] | None,
 ) -> Features:
     """Frozen features of a task's examples and of its catalogue.
 
+    Args:
+        layers: that reduce user features, by service of pretraining. [feature_dim, width]
+
     Raises:
-        TransferError: a feature is not finite.
+        TransferError: a feature is not finite, or a service has no such layer.
     """
     services = [task.service] if history == "target" else sorted(task.services)
+    if layers is not None and (missing := sorted(set(services) - set(layers))):
+        raise TransferError(
+            f"task {task.name!r}: feature_dim reduces features of {', '.join(layers)}, which the "
+            f"encoder was pretrained on; there is no layer for {', '.join(missing)}"
+        )
     histories = {s: example_histories(task, s) for s in services}
     users, present = user_features(model, texts, histories, items_per_user)
+    if layers is not None:
+        parts = np.split(users, len(services), axis=1)
+        users = np.hstack([z @ layers[s].T for s, z in zip(services, parts, strict=True)])
     items = item_features(model, texts, problem.catalogue)
     if not (np.isfinite(users).all() and np.isfinite(items).all()):
         raise TransferError(

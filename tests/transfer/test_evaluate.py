@@ -18,15 +18,18 @@ from scaling.data.tasks import Task
 from scaling.files import RecordError
 from scaling.models import build
 from scaling.rundir import RunDir
-from scaling.train.export import exported
+from scaling.train.export import exported, load_encoder
 from scaling.train.loop import train
 from scaling.transfer import scoring
 from scaling.transfer.declared import evaluations, fit_tasks
-from scaling.transfer.evaluate import evaluate
-from scaling.transfer.features import item_features
+from scaling.transfer.evaluate import _outcome, evaluate
+from scaling.transfer.features import item_features, user_features
 from scaling.transfer.foreign import as_seen_by
+from scaling.transfer.heads import Features
 from scaling.transfer.metrics import METRICS
-from scaling.transfer.problem import TransferError
+from scaling.transfer.problem import TransferError, example_histories, pose
+from scaling.transfer.reduce import Reduction, ReductionError
+from scaling.transfer.scoring import rows_of
 
 
 @pytest.fixture
@@ -95,6 +98,39 @@ def test_a_run_is_evaluated_once_per_export(corpus: Corpus) -> None:
     paths[0].unlink()
     assert evaluate(run, corpus, both) == rows
     assert (paths[0].read_bytes(), paths[0].with_suffix(".parquet").read_bytes()) == kept
+
+
+@pytest.mark.slow
+def test_features_are_reduced_by_layers_learnt_of_the_frozen_encoder(corpus: Corpus) -> None:
+    root = corpus.path.parent.parent
+    run = RunDir.create(root, configure(corpus), corpus.card.name)
+    train(run, corpus, TrainSettings(threads=1))
+    (plain,), (reduced,) = wanted(corpus, "books"), wanted(corpus, "books", feature_dim=3)
+    assert "feature_dim" not in plain.record  # which has the key it had before there was such
+    assert Evaluation.parse(plain.record, "record").key == plain.key != reduced.key
+    whole, narrow = evaluate(run, corpus, [plain, reduced])
+    assert (whole["system"], narrow["system"]) == ("clue/u-mlp", "clue/u-mlp/f3")
+    assert whole["loss"] != narrow["loss"]
+    layers = Reduction.read(run.path / "reductions" / "step-000000006-f3").matrices
+    assert {s: m.shape for s, m in layers.items()} == {"books": (3, 8), "garden": (3, 8)}
+
+    # The same out of the parts, with the layer as a plain product.
+    model, _ = load_encoder(run)
+    task = Task.open(corpus, "books")
+    problem = pose(corpus, task)
+    history = {"books": example_histories(task, "books")}
+    z, present = user_features(model, corpus, history, 4)
+    users = np.column_stack([z @ layers["books"].T, present]).astype(np.float32)
+    features = Features(users, item_features(model, corpus, problem.catalogue))
+    outcome, _ = _outcome(problem, features, reduced, lambda share: None)
+    (expected,) = rows_of(problem, outcome, "clue/u-mlp/f3")
+    assert narrow["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert narrow["mrr"] == pytest.approx(expected["mrr"])
+
+    with pytest.raises(TransferError, match="no layer for beauty"):
+        evaluate(run, corpus, wanted(corpus, "beauty", feature_dim=3))
+    with pytest.raises(ReductionError, match="multiples of 2 up to 16"):
+        evaluate(run, corpus, wanted(corpus, "books", feature_dim=9))
 
 
 def test_a_row_is_what_the_ranks_that_are_kept_say(
