@@ -131,7 +131,7 @@ class ModelConfig(Frozen):
 
     @property
     def suffix(self) -> str:
-        """``-f32``: what a ``feature_dim`` adds to the name of a model; nothing where it is None."""
+        """``-f32``: what a ``feature_dim`` adds to the name of a model; without one, nothing."""
         return "" if self.feature_dim is None else f"-f{self.feature_dim}"
 
     @property

@@ -150,8 +150,9 @@ def test_the_optimiser_is_set_dotted_or_as_a_table(tmp_path: Path, text: str) ->
 def test_every_key_reaches_the_configuration() -> None:
     values: dict[str, Any] = {
         "model": "2x128", "dropout": 0.2, "feature_dim": 9, "batch_size": 16, "negatives": 4,
-        "steps": 77, "evaluations": 7, "precision": "bf16", "items_per_user": 9, "data_fraction": 0.5,
-        "shuffle": False, "optim.lr": 1e-3, "optim.betas": [0.8, 0.9], "optim.eps": 1e-7,
+        "steps": 77, "evaluations": 7, "precision": "bf16", "items_per_user": 9,
+        "data_fraction": 0.5, "shuffle": False, "optim.lr": 1e-3,
+        "optim.betas": [0.8, 0.9], "optim.eps": 1e-7,
         "optim.weight_decay": 0.2, "optim.warmup": 0.2, "optim.final_lr": 0.2,
         "optim.clip_norm": 2.0, "gather": "local", "gather_ranks": 2, "distinct_items": True,
     }  # fmt: skip
