@@ -3,8 +3,9 @@
 One encoder is shared by all services. Symbols of the paper: E ``token_emb`` (g(x)), h and H
 ``item_emb``, z ``user_emb``, f ``project``, tau ``exp(logit_scale)``.
 
-The width of z and f(z) is w: d, or where a model has a ``feature_dim`` that, by a linear layer on
-the pooled output (Table 6: "a single MLP layer for reducing the dimension of the encoder outputs").
+z and f(z) have the width w (``feature_width``): d, or a model's ``feature_dim``, to which a linear
+layer without bias takes the pooled output (Table 6: "a single MLP layer for reducing the dimension
+of the encoder outputs").
 """
 
 import math
@@ -24,8 +25,7 @@ MAX_SCALE = 100.0
 
 
 class ContrastiveEncoder(nn.Module):
-    """What every encoder of this package has: tokens' table, reduction, projection head and logit
-    scale."""
+    """What every encoder has: tokens' table, reduction, projection head and logit scale."""
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
