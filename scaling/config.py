@@ -109,18 +109,36 @@ class ModelConfig(Frozen):
     """Attention heads of each layer; must divide ``d_model``."""
     dropout: Share = 0.1
     """Dropout rate of embeddings, attention weights and residual branches (Table 8)."""
+    feature_dim: Count | None = None
+    """Width that a linear layer, trained with the encoder, reduces a user's features in one service
+    to (Table 6); None: no such layer."""
 
     @model_validator(mode="after")
-    def _divisible(self) -> Self:
+    def _consistent(self) -> Self:
         if self.d_model % self.heads:
             raise ValueError(f"heads = {self.heads} does not divide d_model = {self.d_model}")
+        if self.feature_dim is not None and self.feature_dim >= self.d_model:
+            raise ValueError(
+                f"feature_dim = {self.feature_dim} does not reduce d_model = {self.d_model}; "
+                f"valid: at least 1 and below {self.d_model}"
+            )
         return self
 
     @property
+    def feature_width(self) -> int:
+        """Width of a user's features in one service, and of their projection; an item's is d."""
+        return self.feature_dim or self.d_model
+
+    @property
+    def suffix(self) -> str:
+        """``-f32``: what a ``feature_dim`` adds to the name of a model; without one, nothing."""
+        return "" if self.feature_dim is None else f"-f{self.feature_dim}"
+
+    @property
     def shape(self) -> str:
-        """``8x64``: layers and width, the name of a model at any vocabulary."""
+        """``8x64``, ``8x64-f32``: layers and widths, the name of a model at any vocabulary."""
         prefix = "" if self.system == "clue" else f"{self.system}-"
-        return f"{prefix}{self.layers}x{self.d_model}"
+        return f"{prefix}{self.layers}x{self.d_model}{self.suffix}"
 
 
 class DataConfig(Frozen):
@@ -190,10 +208,11 @@ ADDED: dict[str, Any] = {
     "gather_ranks": None,
     "distinct_items": False,
     "data.services": None,
+    "model.feature_dim": None,
 }
-"""Fields of ``RunConfig`` and its parts that the first runs did not have, with the value they ran
-under. It is part of the definition of ``run_key``: never change a value, whatever becomes of the
-default."""
+"""Fields of ``RunConfig``, those of its parts dotted, that the first runs did not have, with the
+value they ran under. It is part of the definition of ``run_key``: never change a value, whatever
+becomes of the default."""
 
 
 class RunConfig(Frozen):
@@ -266,11 +285,11 @@ class RunConfig(Frozen):
         that they keep their names.
         """
         science = self.model_dump(mode="json")
-        for path, before in ADDED.items():
-            *parents, name = path.split(".")
-            part = reduce(getitem, parents, science)
-            if part[name] == before:
-                del part[name]
+        for name, before in ADDED.items():
+            *parts, field = name.split(".")
+            owner = reduce(getitem, parts, science)
+            if owner[field] == before:
+                del owner[field]
         return short_digest(canonical_json(science))
 
     @property

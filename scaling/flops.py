@@ -31,6 +31,8 @@ class ParameterCounts:
     """Item Transformer with its final layer norm; of system ``single``, its one stack."""
     service: int
     """Service Transformer with its final layer norm; 0 for system ``single``."""
+    reduction: int
+    """Layer from d to the feature width, without bias; 0 where there is none."""
     projection: int
     """W1 and W2 of f(z) = W2 sigma(W1 z), without bias."""
     logit_scale: int
@@ -48,7 +50,7 @@ class ParameterCounts:
     @property
     def n_non_embedding(self) -> int:
         """All but the token and position tables."""
-        return self.item + self.service + self.projection + self.logit_scale
+        return self.item + self.service + self.reduction + self.projection + self.logit_scale
 
     @property
     def n_total(self) -> int:
@@ -64,7 +66,7 @@ class ExactFlops:
     """Item stack; of system ``single``, its one stack."""
     service: float
     head: float
-    """Projection f(z)."""
+    """Reduction of the user embeddings, where there is one, and projection f(z)."""
     loss: float
     """Similarities between users' views."""
 
@@ -88,6 +90,7 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCounts:
     137298961
     """
     d = model.d_model
+    width = model.feature_width
     stack = model.layers * (12 * d * d + 13 * d) + 2 * d
     single = model.system == "single"
     return ParameterCounts(
@@ -95,7 +98,8 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCounts:
         positions=(MAX_TOKENS_SINGLE if single else MAX_TOKENS + MAX_ITEMS) * d,
         item=stack,
         service=0 if single else stack,
-        projection=2 * d * d,
+        reduction=_reduction(model),
+        projection=2 * width * width,
         logit_scale=1,
     )
 
@@ -143,7 +147,7 @@ def exact_flops(
         n_views: views per user.
         negatives: users in one chunk of the loss.
     """
-    d = model.d_model
+    d, width = model.d_model, model.feature_width
     block = 12 * d * d
 
     def stack(elements: float, elements_sq: float) -> float:
@@ -153,9 +157,14 @@ def exact_flops(
     return ExactFlops(
         item=stack(tokens, tokens_sq),
         service=0 if model.system == "single" else stack(items, items_sq),
-        head=12 * d * d * rows,
-        loss=pairs * 6 * users * negatives * d,
+        head=6 * (_reduction(model) + 2 * width * width) * rows,
+        loss=pairs * 6 * users * negatives * width,
     )
+
+
+def _reduction(model: ModelConfig) -> int:
+    """Weights of the layer that reduces user embeddings, as many as its multiply-adds for one."""
+    return 0 if model.feature_dim is None else model.d_model * model.feature_dim
 
 
 def mean_items(

@@ -61,10 +61,13 @@ SIZES_FILE = "models.toml"
 PLAN_COLUMNS = {
     "run_key": "name of the run; null on a nominal corpus, whose runs cannot be submitted",
     "sweep": "name of the sweep",
-    "model": "named size at the paper's vocabulary, else shape (layers x width)",
+    "model": "named size at the paper's vocabulary, else shape (layers x width); then -f and "
+    "feature_dim, where there is one",
     "layers": "layers of each stack",
     "d_model": "width d",
     "heads": "attention heads",
+    "feature_dim": "width of a user's features in one service, reduced by a layer trained with the "
+    "encoder; null: d_model",
     "n_total": "trainable parameters",
     "n_non_embedding": "parameters without token and position tables",
     "n_item": "parameters of the Item Transformer, without tables",
@@ -99,6 +102,7 @@ PLAN_COLUMNS = {
 }
 """Columns of a plan, in order, with meaning and unit: the one vocabulary of all tables."""
 
+MODEL_KEYS = ("dropout", "feature_dim")
 RUN_KEYS = (
     "batch_size", "negatives", "steps", "evaluations", "precision", "gather", "gather_ranks",
     "distinct_items",
@@ -106,7 +110,7 @@ RUN_KEYS = (
 DATA_KEYS = ("items_per_user", "data_fraction", "services", "shuffle")
 POINT_KEYS = (
     "model",
-    "dropout",
+    *MODEL_KEYS,
     *RUN_KEYS,
     *DATA_KEYS,
     *(f"optim.{k}" for k in OptimConfig.model_fields),
@@ -242,8 +246,8 @@ class Grid(Frozen):
             if key not in point:
                 raise SweepError(f"{where}: no {key!r} in base, grid or zip.rows")
         model = self._model(point["model"], card, where)
-        if "dropout" in point:
-            model = ModelConfig.parse({**model.model_dump(), "dropout": point["dropout"]}, where)
+        changes = {k: point[k] for k in MODEL_KEYS if k in point}
+        model = ModelConfig.parse({**model.model_dump(), **changes}, where)
         services = _services(point.get("services"), card, where)
         config = _parse_run(
             {
@@ -323,15 +327,17 @@ def load_sizes(path: Path) -> dict[str, ModelConfig]:
 
 
 def model_name(model: ModelConfig, vocab_size: int, sizes: Mapping[str, ModelConfig]) -> str:
-    """Named size of a model where one holds, else its shape.
+    """Named size of a model where one holds, else its shape; either tells its ``feature_dim``.
 
     Args:
-        sizes: named sizes (``load_sizes``, ``Grid.sizes``); dropout is not part of a size.
+        sizes: named sizes (``load_sizes``, ``Grid.sizes``); what ``MODEL_KEYS`` set is not part of
+            a size.
     """
     if vocab_size == PAPER_VOCABULARY:
+        apart = {key: getattr(model, key) for key in MODEL_KEYS}
         for name, size in sizes.items():
-            if size.model_copy(update={"dropout": model.dropout}) == model:
-                return name
+            if size.model_copy(update=apart) == model:
+                return f"{name}{model.suffix}"
     return model.shape
 
 
@@ -356,6 +362,7 @@ def plan_row(
         "layers": model.layers,
         "d_model": model.d_model,
         "heads": model.heads,
+        "feature_dim": model.feature_dim,
         "n_total": parameters.n_total,
         "n_non_embedding": parameters.n_non_embedding,
         "n_item": parameters.n_item,

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 from fractions import Fraction
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scaling.config import (
+    ADDED,
     ConfigError,
     ModelConfig,
     RunConfig,
@@ -64,6 +66,43 @@ def test_run_key_is_the_digest_of_the_canonical_json() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "before", "written"),
+    [
+        (
+            {"model__feature_dim": 16},
+            '"dropout":0.1,"heads"', '"dropout":0.1,"feature_dim":16,"heads"',
+        ),
+        ({"distinct_items": True}, '"evaluations"', '"distinct_items":true,"evaluations"'),
+    ],
+)  # fmt: skip
+def test_a_later_field_is_part_of_the_key_where_it_is_set(
+    changes: dict[str, Any], before: str, written: str
+) -> None:
+    assert CANONICAL.count(before) == 1
+    digest = hashlib.sha256(CANONICAL.replace(before, written).encode()).digest()
+    assert parsed(**changes).run_key == base64.b32encode(digest)[:16].decode().lower()
+
+
+def test_later_fields_lie_where_the_configuration_has_them_with_the_value_of_the_first_runs() -> (
+    None
+):
+    full = parsed().model_dump(mode="json")
+    for name, before in ADDED.items():
+        *parts, field = name.split(".")
+        owner: Any = full
+        for part in parts:
+            owner = owner[part]
+        assert owner[field] == before == DEFAULTS[name.replace(".", "__")]
+
+
+def test_the_configuration_of_an_earlier_version_has_the_same_key() -> None:
+    """As ``spec.json`` of a run holds it that began before any later field was there."""
+    before = RunConfig.parse(json.loads(CANONICAL), "spec.json")
+    assert before == parsed()
+    assert before.run_key == parsed().run_key
+
+
+@pytest.mark.parametrize(
     ("changes", "run_key"),
     [
         ({}, "xwv2zdmdafs3fu4n"),
@@ -89,6 +128,7 @@ DEFAULTS = {
     "seed": 0,
     "model__system": "clue",
     "model__dropout": 0.1,
+    "model__feature_dim": None,
     "data__n_services": 2,
     "data__services": None,
     "data__data_fraction": 1.0,
@@ -128,7 +168,8 @@ def test_a_default_spelled_out_gives_the_same_key(spelled: set[str], data: st.Da
     "change",
     [
         {"model__system": "single"}, {"model__layers": 7}, {"model__d_model": 65},
-        {"model__heads": 2}, {"model__dropout": 0.0}, {"data__corpus_digest": "b" * 16},
+        {"model__heads": 2}, {"model__dropout": 0.0}, {"model__feature_dim": 63},
+        {"data__corpus_digest": "b" * 16},
         {"data__vocab_size": 8192}, {"data__n_services": 3}, {"data__data_fraction": 0.1},
         {"data__services": ["a", "b"]}, {"data__services": ["b", "a"]},
         {"data__items_per_user": 64}, {"data__shuffle": False}, {"negatives": 128},
@@ -180,7 +221,10 @@ def test_canonical_json_refuses_nan_and_escapes_the_rest() -> None:
             "x.toml: unknown key 'optim.beta'; valid keys: betas, clip_norm, eps, final_lr, lr, "
             "warmup, weight_decay",
         ),
-        ({"model__width": 1}, "'model.width'; valid keys: d_model, dropout, heads, layers, system"),
+        (
+            {"model__width": 1},
+            "'model.width'; valid keys: d_model, dropout, feature_dim, heads, layers, system",
+        ),
         ({"batch_size": "256"}, "batch_size = '256': "),
         ({"batch_size": 256.0}, "batch_size = 256.0: "),
         ({"model__layers": True}, "model.layers = True: "),
@@ -210,6 +254,12 @@ def test_canonical_json_refuses_nan_and_escapes_the_rest() -> None:
         ({"data__corpus_digest": "../x"}, "data.corpus_digest = '../x': "),
         ({"negatives": 100}, "negatives = 100 does not divide batch_size = 256"),
         ({"model__heads": 3}, "model: heads = 3 does not divide d_model = 64"),
+        ({"model__feature_dim": 0}, "model.feature_dim = 0: Input should be greater than 0"),
+        ({"model__feature_dim": 16.0}, "model.feature_dim = 16.0: "),
+        (
+            {"model__feature_dim": 64},
+            "model: feature_dim = 64 does not reduce d_model = 64; valid: at least 1 and below 64",
+        ),
         ({"steps": 10}, "evaluations = 20 exceeds steps = 10"),
         ({"schema_version": 2}, "schema_version = 2: "),
         ({"model": 3}, "model = 3: "),
@@ -303,3 +353,9 @@ def test_sequence_length_counts_items_and_tokens_for_a_single_transformer(
 def test_shapes_name_models() -> None:
     assert ModelConfig(layers=8, d_model=64, heads=1).shape == "8x64"
     assert ModelConfig(system="single", layers=2, d_model=32, heads=1).shape == "single-2x32"
+    assert ModelConfig(layers=8, d_model=64, heads=1, feature_dim=32).shape == "8x64-f32"
+
+
+def test_features_have_the_width_they_are_reduced_to() -> None:
+    assert ModelConfig(layers=10, d_model=720, heads=6).feature_width == 720
+    assert ModelConfig(layers=10, d_model=720, heads=6, feature_dim=100).feature_width == 100

@@ -49,12 +49,12 @@ def card(items: dict[str, dict[int, float]], tokens: dict[int, float]) -> Corpus
 @pytest.mark.parametrize("system", ["clue", "single"])
 @pytest.mark.parametrize(("layers", "d", "heads"), [(1, 8, 2), (3, 32, 1), (2, 192, 3)])
 @pytest.mark.parametrize("vocabulary", [50, 1000])
+@pytest.mark.parametrize("feature_dim", [None, 5])
 def test_parameters_are_those_of_the_model(
-    system: str, layers: int, d: int, heads: int, vocabulary: int
+    system: str, layers: int, d: int, heads: int, vocabulary: int, feature_dim: int | None
 ) -> None:
-    config = ModelConfig.parse(
-        {"system": system, "layers": layers, "d_model": d, "heads": heads}, "test"
-    )
+    shape = {"system": system, "layers": layers, "d_model": d, "heads": heads}
+    config = ModelConfig.parse({**shape, "feature_dim": feature_dim}, "test")
     with torch.device("meta"):
         model = build(config, vocabulary)
     counts = count_parameters(config, vocabulary)
@@ -72,6 +72,7 @@ def test_parameters_are_those_of_the_model(
     assert counts.n_service == sum(
         n for name, n in sizes.items() if name.startswith("service.") and "position" not in name
     )
+    assert counts.reduction == of("reduce") == (5 * d if feature_dim else 0)
     assert counts.projection == of("w1") + of("w2")
     assert counts.logit_scale == 1
     assert counts.n_non_embedding == counts.n_total - of("_emb.weight")
@@ -83,6 +84,15 @@ def test_table_8_counts_137_million() -> None:
     assert counts.n_total == blocks + 50_257 * 720 + (32 + 512) * 720 + 4 * 720 + 2 * 720**2 + 1
     assert counts.n_total == 137_298_961
     assert counts.n_non_embedding == 100_722_241
+
+
+def test_a_reduction_by_hand() -> None:
+    """Table 6, 2,160 to 300 in three services: 720 to 100 in each."""
+    reduced = count_parameters(TABLE8.model_copy(update={"feature_dim": 100}), PAPER_VOCABULARY)
+    whole = count_parameters(TABLE8, PAPER_VOCABULARY)
+    assert reduced.n_total == whole.n_total - 2 * 720**2 + 720 * 100 + 2 * 100**2
+    assert reduced.n_non_embedding == whole.n_non_embedding - 1_036_800 + 92_000
+    assert (reduced.n_item, reduced.n_service) == (whole.n_item, whole.n_service)
 
 
 def test_the_single_transformer_s_235_million_are_blocks_and_token_table() -> None:
@@ -119,6 +129,7 @@ def uniform_batch(users: int, services: int, items: int, tokens: int) -> PackedB
         ("single", 2, 32, 2, 4, 2, 16, 16, 2),
     ],
 )
+@pytest.mark.parametrize("feature_dim", [None, 5])
 def test_exact_flops_are_pytorch_s_count(
     system: str,
     layers: int,
@@ -129,16 +140,16 @@ def test_exact_flops_are_pytorch_s_count(
     items: int,
     tokens: int,
     negatives: int,
+    feature_dim: int | None,
 ) -> None:
-    config = ModelConfig.parse(
-        {"system": system, "layers": layers, "d_model": d, "heads": heads}, "test"
-    )
+    shape = {"system": system, "layers": layers, "d_model": d, "heads": heads}
+    config = ModelConfig.parse({**shape, "feature_dim": feature_dim}, "test")
     model = build(config, 50)
     model.train()
     batch = uniform_batch(users, services, items, tokens)
     # The math kernel: PyTorch's counter leaves out attention of the CPU's flash kernel.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        projected = model.project(model(batch)).view(services, users, d)
+        projected = model.project(model(batch)).view(services, users, feature_dim or d)
         contrastive_loss(projected, model.logit_scale, negatives).backward()
     rows = users * services
     n_items = rows * items
@@ -171,6 +182,14 @@ def test_parts_by_hand() -> None:
     assert flops.head == 3 * 2 * (2 * 2 * 2) * 2
     assert flops.loss == 3 * 2 * 2
     assert flops.total == flops.item + flops.service + flops.head + flops.loss
+    # Features of width 1: 2 multiply-adds of the reduction, 1 of each of W1 and W2, 1 of a cosine.
+    reduced = exact_flops(
+        config.model_copy(update={"feature_dim": 1}), tokens=6, tokens_sq=18, items=2, items_sq=2,
+        rows=2, users=1, n_views=2, negatives=1,
+    )  # fmt: skip
+    assert reduced.head == 3 * 2 * (2 + 1 + 1) * 2
+    assert reduced.loss == 3 * 2 * 1
+    assert (reduced.item, reduced.service) == (flops.item, flops.service)
 
 
 # ---- FLOPs and PF-days of whole runs ------------------------------------------------------------
@@ -271,16 +290,18 @@ def test_a_single_transformer_s_rows_end_at_2048_tokens() -> None:
     batch=st.integers(2, 64),
     steps=st.integers(1, 100),
     cap=st.integers(1, 511),
+    data=st.data(),
 )
 def test_cost_grows_with_every_factor(
-    layers: int, d: int, batch: int, steps: int, cap: int
+    layers: int, d: int, batch: int, steps: int, cap: int, data: st.DataObject
 ) -> None:
     c = card({"a": {1: 0.5, 512: 0.5}, "b": {512: 1.0}}, {4: 1.0})
+    feature_dim = data.draw(st.none() | st.integers(1, d - 1) if d > 1 else st.none())
     here = np.array([layers, d, batch, steps, cap])
 
     def cost(point: np.ndarray) -> float:
         layers, d, batch, steps, cap = point.tolist()
-        model = ModelConfig(layers=layers, d_model=d, heads=1)
+        model = ModelConfig(layers=layers, d_model=d, heads=1, feature_dim=feature_dim)
         return expected_flops(model, c, batch, steps, cap, batch).total
 
     assert all(cost(here + one) > cost(here) for one in np.eye(5, dtype=int))

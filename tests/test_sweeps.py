@@ -150,17 +150,20 @@ def test_the_optimiser_is_set_dotted_or_as_a_table(tmp_path: Path, text: str) ->
 
 def test_every_key_reaches_the_configuration() -> None:
     values: dict[str, Any] = {
-        "model": "2x128", "dropout": 0.2, "batch_size": 16, "negatives": 4, "steps": 77,
-        "evaluations": 7, "precision": "bf16", "items_per_user": 9, "data_fraction": 0.5,
-        "shuffle": False, "services": ["shop"], "optim.lr": 1e-3, "optim.betas": [0.8, 0.9],
-        "optim.eps": 1e-7, "optim.weight_decay": 0.2, "optim.warmup": 0.2, "optim.final_lr": 0.2,
+        "model": "2x128", "dropout": 0.2, "feature_dim": 9, "batch_size": 16, "negatives": 4,
+        "steps": 77, "evaluations": 7, "precision": "bf16", "items_per_user": 9,
+        "data_fraction": 0.5, "services": ["shop"], "shuffle": False, "optim.lr": 1e-3,
+        "optim.betas": [0.8, 0.9], "optim.eps": 1e-7,
+        "optim.weight_decay": 0.2, "optim.warmup": 0.2, "optim.final_lr": 0.2,
         "optim.clip_norm": 2.0, "gather": "local", "gather_ranks": 2, "distinct_items": True,
     }  # fmt: skip
     assert set(values) == set(POINT_KEYS)
     [run] = grid(base=values, seeds=[3]).runs(card())
     assert run.config == RunConfig.parse(
         {
-            "model": {"layers": 2, "d_model": 128, "heads": 2, "dropout": 0.2},
+            "model": {
+                "layers": 2, "d_model": 128, "heads": 2, "dropout": 0.2, "feature_dim": 9,
+            },
             "data": {
                 "corpus_digest": DIGEST, "vocab_size": 1000, "n_services": 1, "items_per_user": 9,
                 "data_fraction": 0.5, "services": ["shop"], "shuffle": False,
@@ -283,6 +286,36 @@ def test_sizes_are_named_only_at_the_paper_s_vocabulary() -> None:
     assert model_name(ModelConfig(layers=8, d_model=64, heads=2), 50_257, sizes) == "8x64"
 
 
+@pytest.mark.parametrize(
+    ("base", "vocabulary", "name"),
+    [
+        ({"model": "clue-4m"}, 50_257, "clue-4m"),
+        ({"model": "clue-4m", "feature_dim": 32}, 50_257, "clue-4m-f32"),
+        ({"model": "8x64", "feature_dim": 32, "dropout": 0.0}, 50_257, "clue-4m-f32"),
+        ({"model": "8x64", "feature_dim": 32}, 1000, "8x64-f32"),
+        ({"model": "single-8x64", "feature_dim": 32}, 50_257, "single-8x64-f32"),
+        (
+            {"model": {"layers": 8, "d_model": 64, "heads": 2, "feature_dim": 63}},
+            1000, "8x64-f63",
+        ),
+        (
+            {"model": {"layers": 8, "d_model": 64, "heads": 2, "feature_dim": 63},
+             "feature_dim": 1},
+            1000, "8x64-f1",
+        ),
+    ],
+)  # fmt: skip
+def test_the_name_of_a_model_says_its_features_width(
+    base: dict[str, Any], vocabulary: int, name: str
+) -> None:
+    sizes = load_sizes(SWEEPS / "models.toml")
+    [run] = grid(base={**base, "batch_size": 8}, sizes=sizes).runs(card(vocab_size=vocabulary))
+    assert run.config is not None
+    assert run.row["model"] == name
+    assert run.row["feature_dim"] == run.config.model.feature_dim
+    assert (f"-f{run.row['feature_dim']}" in name) == (run.row["feature_dim"] is not None)
+
+
 @pytest.mark.parametrize("name", load_sizes(SWEEPS / "models.toml"))
 def test_the_advice_at_another_vocabulary_can_be_followed(name: str) -> None:
     sizes = load_sizes(SWEEPS / "models.toml")
@@ -347,6 +380,10 @@ def test_names_are_safe_in_paths(tmp_path: Path, name: str) -> None:
         ({"model": 3, "batch_size": 8}, "model = 3 is neither"),
         ({"model": "8x100", "batch_size": 8, "dropout": 1}, "dropout = 1: "),
         ({"model": "8x0", "batch_size": 8}, "d_model = 0: "),
+        (
+            {"model": "8x64", "batch_size": 8, "feature_dim": 64},
+            "feature_dim = 64 does not reduce d_model = 64; valid: at least 1 and below 64",
+        ),
         ({"model": {"layers": 1, "width": 2}, "batch_size": 8}, "unknown key 'width'; valid keys"),
         ({"model": "1x16", "batch_size": 8, "negatives": 3}, "negatives = 3 does not divide"),
         ({"model": "1x16", "batch_size": "8"}, "batch_size = '8': "),
@@ -421,7 +458,7 @@ def test_a_plan_row_by_hand() -> None:
         {
             "run_key": run.config.run_key if run.config else None,
             "sweep": "test", "model": "1x16", "layers": 1, "d_model": 16, "heads": 1,
-            "n_total": n_total, "n_non_embedding": 2 * stack + 2 * d * d + 1,
+            "feature_dim": None, "n_total": n_total, "n_non_embedding": 2 * stack + 2 * d * d + 1,
             "n_item": stack, "n_service": stack, "batch_size": 8, "negatives": 4,
             "items_per_user": 50, "items_per_user_mean": 18.0, "sequence_length": 50,
             "tokens_per_item_mean": 6.0, "data_fraction": 0.5, "services": None, "shuffle": False,
@@ -520,6 +557,7 @@ def test_the_sweep_folder_holds_definition_and_plan(tmp_path: Path) -> None:
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "model": st.sampled_from(["1x16", "2x64", {"layers": 3, "d_model": 8, "heads": 2}]),
     "dropout": st.floats(0, 0.5),
+    "feature_dim": st.integers(1, 7),
     "steps": st.integers(20, 10**6),
     "items_per_user": st.integers(1, 512),
     "data_fraction": st.floats(0.1, 1),

@@ -2,6 +2,10 @@
 
 One encoder is shared by all services. Symbols of the paper: E ``token_emb`` (g(x)), h and H
 ``item_emb``, z ``user_emb``, f ``project``, tau ``exp(logit_scale)``.
+
+z and f(z) have the width w (``feature_width``): d, or a model's ``feature_dim``, to which a linear
+layer without bias takes the pooled output (Table 6: "a single MLP layer for reducing the dimension
+of the encoder outputs").
 """
 
 import math
@@ -21,15 +25,16 @@ MAX_SCALE = 100.0
 
 
 class ContrastiveEncoder(nn.Module):
-    """What every encoder of this package has: tokens' table, projection head and logit scale."""
+    """What every encoder has: tokens' table, reduction, projection head and logit scale."""
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config = config
-        d = config.d_model
+        d, width = config.d_model, config.feature_width
         self.token_emb = nn.Embedding(vocab_size, d)
-        self.w1 = nn.Linear(d, d, bias=False)
-        self.w2 = nn.Linear(d, d, bias=False)
+        self.reduce = nn.Identity() if width == d else nn.Linear(d, width, bias=False)
+        self.w1 = nn.Linear(width, width, bias=False)
+        self.w2 = nn.Linear(width, width, bias=False)
         # Shape (1,) and stored as its log: DeepSpeed refuses 0-dim parameters, and a clamp after
         # the step would be undone by its fp32 masters, so `scale` clamps in the forward pass.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(INITIAL_SCALE)]))
@@ -45,7 +50,7 @@ class ContrastiveEncoder(nn.Module):
         return self.training and self.config.dropout > 0
 
     def forward(self, batch: PackedBatch, micro_batch_tokens: int | None = None) -> Tensor:
-        """User embeddings z, one per row of the batch. [rows, d]
+        """User embeddings z, one per row of the batch. [rows, w]
 
         Args:
             micro_batch_tokens: most elements whose activations are held at once; what exceeds them
@@ -63,7 +68,7 @@ class ContrastiveEncoder(nn.Module):
         raise NotImplementedError
 
     def project(self, user_emb: Tensor) -> Tensor:
-        """f(z) = W2 gelu(W1 z), used by the loss only (after eq. 4). [rows, d] -> [rows, d]"""
+        """f(z) = W2 gelu(W1 z), used by the loss only (after eq. 4). [rows, w] -> [rows, w]"""
         projected: Tensor = self.w2(F.gelu(self.w1(user_emb)))
         return projected
 
@@ -96,7 +101,8 @@ class CLUE(ContrastiveEncoder):
         return item_emb
 
     def forward(self, batch: PackedBatch, micro_batch_tokens: int | None = None) -> Tensor:
-        """User embeddings z = MEAN(T_service(H)) (eq. 2-3), one per row of the batch. [rows, d]"""
+        """User embeddings z = MEAN(T_service(H)) (eq. 2-3), one per row of the batch, reduced where
+        the model has a ``feature_dim``. [rows, w]"""
         offsets, rows = batch.token_offsets, batch.item_offsets
         items = torch.from_numpy(batch.items).to(self.device)
 
@@ -112,4 +118,6 @@ class CLUE(ContrastiveEncoder):
 
         most, random = micro_batch_tokens, self.draws
         item_emb = in_chunks(encode_items, batch.item_lengths, most, random, self.device)
-        return in_chunks(encode_users, batch.row_lengths, most, random, self.device)
+        pooled = in_chunks(encode_users, batch.row_lengths, most, random, self.device)
+        user_emb: Tensor = self.reduce(pooled)
+        return user_emb

@@ -28,7 +28,7 @@ class Single(ContrastiveEncoder):
         return embedded
 
     def forward(self, batch: PackedBatch, micro_batch_tokens: int | None = None) -> Tensor:
-        """User embeddings, one per row of the batch. [rows, d]"""
+        """User embeddings, one per row of the batch, reduced as in ``CLUE``. [rows, w]"""
         lengths = batch.item_lengths[batch.items]
         tokens = batch.tokens[spans(batch.token_offsets[:-1][batch.items], lengths)]
         ends = np.concatenate([[0], np.cumsum(lengths)])[batch.item_offsets]
@@ -40,4 +40,6 @@ class Single(ContrastiveEncoder):
             own = tokens[offsets[a] : offsets[b]]
             return self.encode_items(own, offsets[a : b + 1] - offsets[a])
 
-        return in_chunks(encode, kept, micro_batch_tokens, self.draws, self.device)
+        pooled = in_chunks(encode, kept, micro_batch_tokens, self.draws, self.device)
+        user_emb: Tensor = self.reduce(pooled)
+        return user_emb

@@ -47,12 +47,12 @@ def find_micro_batch(
         batch: of the run; the heaviest of its users are encoded.
     """
     size = next(model.parameters()).element_size()
-    d, views = config.model.d_model, config.data.n_views
+    d, width, views = config.model.d_model, config.model.feature_width, config.data.n_views
     items = len(batch.token_offsets) - 1
     embeddings = 2 * (items + len(batch.items)) * d * size  # and their gradients
     users = config.batch_size * views
     pairs = views * (views - 1) // 2
-    loss = 4 * (6 * users * d + 6 * pairs * config.batch_size * config.negatives)
+    loss = 4 * (6 * users * width + 6 * pairs * config.batch_size * config.negatives)
     gradients = 2 * sum(p.numel() * size for p in model.parameters())  # DeepSpeed's bucket, too
     left = SHARE[ranks.device.type] * free_memory(ranks) - embeddings - loss - gradients
     # The last chunk of items is held while the rows are encoded and sent back.
@@ -217,7 +217,7 @@ def _fits(
         everyone = torch.randn(
             config.data.n_views,
             config.batch_size,
-            config.model.d_model,
+            config.model.feature_width,
             device=model.device,
             requires_grad=True,
         )

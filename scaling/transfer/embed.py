@@ -100,8 +100,7 @@ class Embedding:
             self._histories = {
                 s: corpus.users(s) if task is None else task.history(s) for s in self.services
             }
-        reduction, d = wanted.reduction, self.config.model.d_model
-        self.width = d
+        reduction, self.width = wanted.reduction, self.config.model.feature_width
         if reduction is not None:
             if reduction.encoder_sha256 != encoder:
                 raise EmbedError(
@@ -114,7 +113,9 @@ class Embedding:
                     f"{', '.join(reduction.matrices)}"
                 )
             self.width = len(next(iter(reduction.matrices.values())))
-        self.dims = {"users": self.width * len(self.services), "items": d}
+        self.dims = {
+            "users": self.width * len(self.services), "items": self.config.model.d_model
+        }  # fmt: skip
         tables: dict[str, dict[str, Any] | None] = {"users": None, "items": None}
         for kind in WHAT[wanted.what]:
             most = max(1, SHARD_BYTES // (self.dims[kind] * np.dtype(wanted.dtype).itemsize))

@@ -57,7 +57,7 @@ def embed_users(
 
     Yields:
         ``(users, columns, z)``: users' rows, and the places of the logs' services in
-        ``histories``. [logs], [logs], [logs, d]
+        ``histories``. [logs], [logs], [logs, feature_width]
     """
     offsets = [o for o, _ in histories.values()]
     lengths = sum(np.minimum(np.diff(o.astype(np.int64)), items_per_user) for o in offsets)
@@ -82,11 +82,11 @@ def user_features(
     Args as in ``embed_users``.
 
     Returns:
-        z, zeros where a user has no history in a service [users, services * d], and where there is
-        one [users, services].
+        z, zeros where a user has no history in a service [users, services * feature_width], and
+        where there is one [users, services].
     """
     n_users = len(next(iter(histories.values()))[0]) - 1
-    features = np.zeros((n_users, len(histories), model.config.d_model), np.float32)
+    features = np.zeros((n_users, len(histories), model.config.feature_width), np.float32)
     present = np.zeros((n_users, len(histories)), np.bool_)
     for users, columns, embedded in embed_users(model, texts, histories, items_per_user):
         present[users, columns] = True

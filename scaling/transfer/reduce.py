@@ -8,8 +8,10 @@ nothing to contrast: A holds the leading principal components then. With several
 these or at the canonical directions, whichever have the lower loss on validation users: where the
 services share little of their variance, gradients do not lead from the former to the latter.
 
-The paper trains its layer with the encoder, between z and the projection head. That is a matter of
-the encoder's configuration and of pretraining again, not of this module.
+The paper trains its layer with the encoder, between the pooled output and the projection head.
+That is a setting of the encoder, ``ModelConfig.feature_dim``: one layer for all services, and
+another pretraining. Features that are narrow by it can be reduced further here. d is the width of
+z_s, ``ModelConfig.feature_width``.
 
     <folder>/reduction.safetensors     A_s by the service's name, fp32 [d_reduced, d]
              reduction.json            what it was learnt from, and how well
@@ -141,7 +143,7 @@ def learn(
     """
     config = run.spec()
     services = sorted(corpus.card.services)
-    width(dim, len(services), config.model.d_model)
+    width(dim, len(services), config.model.feature_width)
     if folder.exists():
         raise ReductionError(f"{folder}: is there already; choose another folder")
     model, step = load_encoder(run, step)

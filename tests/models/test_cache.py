@@ -41,13 +41,15 @@ def test_chunks_cover_the_sequences_in_order_and_hold_as_many_as_they_may(length
 
 @pytest.mark.parametrize("system", ["clue", "single"])
 @pytest.mark.parametrize("micro_batch_tokens", [1, 23, 64, 10**6])
-@pytest.mark.parametrize("distinct", [None, 7])
+@pytest.mark.parametrize(("distinct", "feature_dim"), [(None, None), (7, None), (7, 5)])
 def test_loss_and_gradients_with_the_cache_are_those_of_the_whole_batch(
-    rng, monkeypatch, system, micro_batch_tokens, distinct
+    rng, monkeypatch, system, micro_batch_tokens, distinct, feature_dim
 ):
     # eq. 4 is computed in fp32; here in fp64, so that 1e-12 can be asked for
     monkeypatch.setattr("scaling.models.losses.logits", logits_fp64)
-    config = ModelConfig(system=system, layers=2, d_model=12, heads=3, dropout=0.0)
+    config = ModelConfig(
+        system=system, layers=2, d_model=12, heads=3, dropout=0.0, feature_dim=feature_dim
+    )
     model = build(config, VOCAB, 3).double()
     batch = make_batch(rng, [5, 1, 9, 3, 2, 8], distinct=distinct)
     whole, expected = loss_and_gradients(model, batch, None)

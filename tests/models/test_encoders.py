@@ -68,32 +68,40 @@ def torch_stack(stack: Stack, config: ModelConfig):
 
 
 def padded_clue(model, batch):
-    """Eq. 1-3 the slow way."""
+    """Eq. 1-3 the slow way, and the matrix that reduces what they give."""
     item_emb = torch_stack(model.item, model.config)(
         [
             model.token_emb(torch.from_numpy(batch.tokens[a:b]))
             for a, b in zip(batch.token_offsets, batch.token_offsets[1:], strict=False)
         ]
     )
-    return torch_stack(model.service, model.config)(
+    pooled = torch_stack(model.service, model.config)(
         [
             item_emb[torch.from_numpy(batch.items[a:b])]
             for a, b in zip(batch.item_offsets, batch.item_offsets[1:], strict=False)
         ]
     )
+    return reduced(model, pooled)
+
+
+def reduced(model, pooled):
+    return pooled if model.config.feature_dim is None else pooled @ model.reduce.weight.T
 
 
 @settings(max_examples=15, deadline=None)
 @given(
     rows=st.lists(st.integers(1, 20), min_size=2, max_size=8),
     shape=st.sampled_from([(1, 8, 1), (2, 12, 3), (3, 16, 4)]),
+    feature_dim=st.none() | st.integers(1, 7),
     seed=st.integers(0, 2**16),
 )
-def test_packed_equals_padded_in_fp64(rows, shape, seed):
+def test_packed_equals_padded_in_fp64(rows, shape, feature_dim, seed):
     layers, d, heads = shape
     rng = np.random.default_rng(seed)
-    model = build(ModelConfig(layers=layers, d_model=d, heads=heads, dropout=0.0), VOCAB, seed)
-    model = model.double()
+    config = ModelConfig(
+        layers=layers, d_model=d, heads=heads, dropout=0.0, feature_dim=feature_dim
+    )
+    model = build(config, VOCAB, seed).double()
     batch = make_batch(rng, rows)
     ours, theirs = model(batch), padded_clue(model, batch)
     assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
@@ -135,8 +143,11 @@ def test_a_user_does_not_depend_on_the_others_of_the_batch(rng):
     assert torch.allclose(model(batch)[1], model(alone)[0], rtol=0, atol=1e-12)
 
 
-def test_single_reads_the_most_recent_tokens_of_all_items(rng):
-    config = ModelConfig(system="single", layers=1, d_model=8, heads=1, dropout=0.0)
+@pytest.mark.parametrize("feature_dim", [None, 3])
+def test_single_reads_the_most_recent_tokens_of_all_items(rng, feature_dim):
+    config = ModelConfig(
+        system="single", layers=1, d_model=8, heads=1, dropout=0.0, feature_dim=feature_dim
+    )
     model = build(config, VOCAB).double()
     batch = make_batch(rng, [300, 3], longest=32)
     rows = []
@@ -144,14 +155,17 @@ def test_single_reads_the_most_recent_tokens_of_all_items(rng):
         tokens = batch.tokens[batch.token_offsets[a] : batch.token_offsets[b]]
         rows.append(model.token_emb(torch.from_numpy(tokens[-MAX_TOKENS_SINGLE:])))
     assert len(rows[0]) == MAX_TOKENS_SINGLE
-    assert torch.allclose(model(batch), torch_stack(model.item, config)(rows), atol=1e-12, rtol=0)
+    expected = reduced(model, torch_stack(model.item, config)(rows))
+    assert torch.allclose(model(batch), expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("system", ["clue", "single"])
-@pytest.mark.parametrize("shape", [(1, 16, 1), (3, 24, 2)])
+@pytest.mark.parametrize("shape", [(1, 16, 1, None), (3, 24, 2, None), (3, 24, 2, 7)])
 def test_parameter_counts_are_those_of_the_model(system, shape):
-    layers, d, heads = shape
-    config = ModelConfig(system=system, layers=layers, d_model=d, heads=heads)
+    layers, d, heads, feature_dim = shape
+    config = ModelConfig(
+        system=system, layers=layers, d_model=d, heads=heads, feature_dim=feature_dim
+    )
     model = build(config, VOCAB)
     counts = count_parameters(config, VOCAB)
     assert counts.n_total == sum(p.numel() for p in model.parameters())
@@ -199,6 +213,39 @@ def test_initialisation_is_a_function_of_the_seed_alone():
     again, other = build(config, VOCAB, seed=3).state_dict(), build(config, VOCAB, 4).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["token_emb.weight"], other["token_emb.weight"])
+
+
+@pytest.mark.parametrize("system", ["clue", "single"])
+def test_a_reduction_is_between_the_pooled_output_and_the_projection(rng, system):
+    config = ModelConfig(system=system, layers=2, d_model=12, heads=3, dropout=0.0)
+    plain, narrow = (
+        build(config.model_copy(update={"feature_dim": f}), VOCAB, 3).double() for f in (None, 5)
+    )
+    names = [n for n, _ in plain.named_parameters()]
+    assert sorted([*names, "reduce.weight"]) == sorted(n for n, _ in narrow.named_parameters())
+    widths = {n: tuple(narrow.get_parameter(n).shape) for n in ("reduce.weight", "w1.weight")}
+    assert widths == {"reduce.weight": (5, 12), "w1.weight": (5, 5)}
+    # All else has the same shape, and with the same values the same pooled output.
+    apart = ("reduce.", "w1.", "w2.")
+    same = {n: p for n, p in narrow.state_dict().items() if not n.startswith(apart)}
+    plain.load_state_dict(same, strict=False)
+    batch = make_batch(rng, [5, 1, 9, 3])
+    z = narrow(batch)
+    expected = plain(batch) @ narrow.reduce.weight.T
+    assert torch.allclose(z, expected, rtol=0, atol=1e-12)
+    hidden = torch.nn.functional.gelu(z @ narrow.w1.weight.T)
+    projected = hidden @ narrow.w2.weight.T
+    assert torch.allclose(narrow.project(z), projected, rtol=0, atol=1e-12)
+    items = narrow.encode_items(batch.tokens, batch.token_offsets)
+    assert torch.equal(items, plain.encode_items(batch.tokens, batch.token_offsets))
+    assert items.shape[1] == 12
+
+
+def test_a_reduction_begins_as_the_other_linear_layers_do():
+    config = ModelConfig(layers=4, d_model=256, heads=4, feature_dim=200)
+    weight = build(config, VOCAB).reduce.weight
+    assert weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert abs(weight.mean().item()) < 5e-4
 
 
 def test_a_sequence_longer_than_any_tile_is_refused(rng):

@@ -22,6 +22,7 @@ from scaling.models import build
 from scaling.models.losses import contrastive_loss
 from scaling.rundir import RunDir, Superseded
 from scaling.train import checkpoint
+from scaling.train.export import load_encoder
 from scaling.train.loop import learning_rate, train
 
 RANK = Path(__file__).parent / "rank.py"
@@ -113,9 +114,10 @@ def undisturbed(corpus, tmp_path_factory):
     return run, result
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_training_equals_a_plain_pytorch_loop(corpus, tmp_path, stage):
-    config = configure(corpus, negatives=8)
+@pytest.mark.parametrize(("stage", "feature_dim"), [(0, None), (1, None), (2, None), (1, 5)])
+def test_training_equals_a_plain_pytorch_loop(corpus, tmp_path, stage, feature_dim):
+    model = ModelConfig(layers=1, d_model=16, heads=2, dropout=0.0, feature_dim=feature_dim)
+    config = configure(corpus, negatives=8, model=model)
     run = RunDir.create(tmp_path, config, "tiny")
     result = train(run, corpus, TrainSettings(zero_stage=stage, threads=1))
 
@@ -306,6 +308,33 @@ def test_the_single_transformer_trains_and_counts_the_tokens_it_reads(
             read += min(12, int(batch.token_offsets[last] - batch.token_offsets[first]))
     assert result["tokens"] == read
     assert result["loss"] < result["chance"]
+
+
+@pytest.mark.parametrize("system", ["clue", "single"])
+def test_a_run_with_reduced_features_resumes_counts_and_is_exported(corpus, tmp_path, system):
+    model = ModelConfig(system=system, layers=1, d_model=16, heads=2, dropout=0.1, feature_dim=5)
+    config = configure(corpus, model=model)
+    whole, resumed = (RunDir.create(tmp_path / name, config, "tiny") for name in ("one", "two"))
+    settings = TrainSettings(threads=1, micro_batch_tokens=60)
+    result = train(whole, corpus, settings)
+    stop = StopAt(7)
+    train(resumed, corpus, settings, progress=stop.progress, should_stop=stop)
+    train(resumed, corpus, settings)
+    assert curve(resumed) == curve(whole)
+    losses = [row["loss"] for row in curve(whole)]
+    assert np.mean(losses[-6:]) < np.mean(losses[:6])
+    last = parameters(whole)
+    assert last["reduce.weight"].shape == (5, 16)
+    assert all(torch.equal(v, parameters(resumed)[n]) for n, v in last.items())
+    assert result["n_total"] == sum(p.numel() for p in last.values())
+    assert result["parameters"]["reduction"] == 5 * 16
+    # Forward and backward: the reduction 16 x 5, W1 and W2 5 x 5; cosines of width 5.
+    rows = 24 * 16 * config.data.n_services
+    assert result["flops_by_part"]["head"] == 3 * 2 * (16 * 5 + 2 * 5 * 5) * rows
+    assert result["flops_by_part"]["loss"] == 3 * 2 * 5 * 16 * 24 * 16
+    encoder, _ = load_encoder(whole)
+    assert all(torch.equal(v, last[n]) for n, v in encoder.state_dict().items())
+    assert encoder(Batches(corpus, config).batch(0)).shape == (2 * 16, 5)
 
 
 @pytest.mark.slow

@@ -95,6 +95,30 @@ def test_what_is_found_fits_the_memory_there_is(corpus, monkeypatch):
     assert memory.find_micro_batch(model, batch, config, ALONE) == memory.ROUND
 
 
+@pytest.mark.parametrize("feature_dim", [None, 5])
+def test_room_is_left_for_embeddings_and_loss_at_their_widths(corpus, monkeypatch, feature_dim):
+    model = ModelConfig(layers=1, d_model=16, heads=2, dropout=0.0, feature_dim=feature_dim)
+    config = configure(corpus, model=model)
+    encoder = build(model, config.data.vocab_size)
+    batch = Batches(corpus, config).batch(0)
+    monkeypatch.setattr(memory, "ROUND", 1)
+    monkeypatch.setattr(memory, "bytes_per_element", lambda *_: (1 / memory.IN_FLIGHT, 0.0))
+    monkeypatch.setattr(memory, "free_memory", lambda _: 10**9)
+    width = feature_dim or 16
+    taken = 2 * (len(batch.item_lengths) + len(batch.items)) * 16 * 4  # embeddings, gradients
+    taken += 4 * (6 * 2 * 16 * width + 6 * 16 * 16)  # f(z) of 2 x 16, scores of 16 x 16
+    taken += 2 * 4 * sum(p.numel() for p in encoder.parameters())
+    found = memory.find_micro_batch(encoder, batch, config, ALONE)
+    assert found == pytest.approx(memory.SHARE["cpu"] * 10**9 - taken, abs=2)
+    tried = []
+    honest = memory.contrastive_loss
+    monkeypatch.setattr(
+        memory, "contrastive_loss", lambda p, *a: tried.append(p.shape) or honest(p, *a)
+    )
+    assert memory._fits(encoder, batch, config, 64)
+    assert tried == [(2, 16, width)]
+
+
 def test_room_in_a_control_group_counts_the_cache_of_files_as_free(tmp_path, monkeypatch):
     """A corpus that is mapped into memory fills a job's group, and is given up when asked."""
     (tmp_path / "self").write_text("0::/job\n7:blkio:/x\n")

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import scaling.transfer.features as features
 from scaling.cli import app
-from scaling.config import RunConfig
+from scaling.config import ModelConfig, RunConfig
 from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.tasks import Task
 from scaling.files import RecordError, sha256, write_json
@@ -205,6 +205,32 @@ def test_a_reduction_is_applied_service_by_service(
     del layers["garden"]
     with pytest.raises(EmbedError, match="no layer for garden; valid: books"):
         Embedding(run, corpus, tmp_path / "x", wanted)
+
+
+def test_features_of_an_encoder_with_a_reduction_of_its_own(
+    run: RunDir, corpus: Corpus, tmp_path: Path
+) -> None:
+    """Users have its width, items the model's; a reduction learnt afterwards comes on top."""
+    config = configure(corpus, model=ModelConfig(layers=1, d_model=8, heads=2, feature_dim=3))
+    narrow = RunDir.create(run.root, config, "tiny")
+    model = publish(narrow, config, 6)
+    embedding = Embedding(narrow, corpus, tmp_path / "z", SMALL)
+    folder = written(embedding)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["users"]["dims"], manifest["items"]["dims"]) == (2 * 3, 8)
+    users, items = stacked(folder, "users"), stacked(folder, "items")
+    assert (users.shape[1], items.shape[1]) == (2 * 3, 8)
+    offsets, logs = corpus.users("garden")
+    for user in range(0, len(users), 13):
+        log = logs[int(offsets[user]) : int(offsets[user + 1])][-CAP:]
+        np.testing.assert_allclose(users[user, 3:], alone(model, corpus, log), atol=1e-5)
+    layers = {s: np.full((2, 3), i + 1, np.float32) for i, s in enumerate(("books", "garden"))}
+    encoder = embedding.shards.header["encoder_sha256"]
+    wanted = Wanted(dtype="float32", reduction=Reduction(layers, encoder, "0" * 64))
+    found = stacked(written(Embedding(narrow, corpus, tmp_path / "less", wanted)), "users")
+    sums = users.reshape(-1, 2, 3).sum(2)
+    expected = sums[:, [0, 0, 1, 1]] * [1, 1, 2, 2]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 # who writes them, and what happens meanwhile

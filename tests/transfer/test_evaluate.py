@@ -1,7 +1,9 @@
 """Evaluation of real, small runs: the features, the record it leaves, and what it refuses."""
 
 import json
+import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 from planted import configure
 
-from scaling.config import Evaluation, TrainSettings, TransferSettings
+from scaling.config import Evaluation, ModelConfig, TrainSettings, TransferSettings
 from scaling.data import tokenizer
 from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.prepare import prepare
@@ -22,10 +24,11 @@ from scaling.train.export import exported, load_encoder
 from scaling.train.loop import train
 from scaling.transfer import scoring
 from scaling.transfer.declared import evaluations, fit_tasks
+from scaling.transfer.embed import Embedding, Wanted
 from scaling.transfer.evaluate import _outcome, evaluate
 from scaling.transfer.features import item_features, user_features
 from scaling.transfer.foreign import as_seen_by
-from scaling.transfer.heads import Features
+from scaling.transfer.heads import Features, HeadTowers
 from scaling.transfer.metrics import METRICS
 from scaling.transfer.problem import TransferError, example_histories, pose
 from scaling.transfer.reduce import Reduction, ReductionError
@@ -131,6 +134,31 @@ def test_features_are_reduced_by_layers_learnt_of_the_frozen_encoder(corpus: Cor
         evaluate(run, corpus, wanted(corpus, "beauty", feature_dim=3))
     with pytest.raises(ReductionError, match="multiples of 2 up to 16"):
         evaluate(run, corpus, wanted(corpus, "books", feature_dim=9))
+
+
+def test_a_run_with_reduced_features_is_trained_evaluated_and_embedded(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ModelConfig(layers=1, d_model=8, heads=2, feature_dim=3)
+    run = RunDir.create(corpus.path.parent.parent, configure(corpus, model=model), "tiny")
+    train(run, corpus, TrainSettings(threads=1))
+    widths, honest = [], HeadTowers.__init__
+
+    def noted(self: Any, head: Any, features: Any, *args: Any) -> None:
+        widths.append((features.users.shape[1], features.items.shape[1]))
+        honest(self, head, features, *args)
+
+    monkeypatch.setattr(HeadTowers, "__init__", noted)
+    rows = evaluate(run, corpus, wanted(corpus, "books", heads=("u-mlp", "u-mlp-64", "linear")))
+    both = evaluate(run, corpus, wanted(corpus, "beauty", history="all"))
+    services = len(Task.open(corpus, "beauty").services)
+    # Beside z, whether there is a history.
+    assert widths == [(3 + 1, 8)] * 3 + [(services * (3 + 1), 8)]
+    assert all(math.isfinite(row["loss"]) for row in rows + both)
+    embedding = Embedding(run, corpus, tmp_path, Wanted(dtype="float32"))
+    embedding.shards.begin()
+    embedding.write(embedding.shards.parts)
+    assert np.load(tmp_path / "users-000000.npy").shape == (len(corpus.keys), 2 * 3)
 
 
 def test_a_row_is_what_the_ranks_that_are_kept_say(

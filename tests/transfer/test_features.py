@@ -29,8 +29,10 @@ def corpus(tiny_corpus: Any) -> Corpus:
     return Corpus.open(next((root / "corpora").glob("tiny-*")))
 
 
-def encoder(corpus: Corpus, system: str = "clue") -> Any:
-    config = ModelConfig(system=system, layers=1, d_model=8, heads=2, dropout=0.5)
+def encoder(corpus: Corpus, system: str = "clue", feature_dim: int | None = None) -> Any:
+    config = ModelConfig(
+        system=system, layers=1, d_model=8, heads=2, dropout=0.5, feature_dim=feature_dim
+    )
     return build(config, corpus.card.vocab_size).eval()
 
 
@@ -61,11 +63,13 @@ def alone(model: Any, corpus: Corpus, log: np.ndarray) -> np.ndarray:
         return model(batch)[0].numpy()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("system", ["clue", "single"])
+@pytest.mark.parametrize(
+    ("system", "feature_dim"), [("clue", None), ("clue", 3), ("single", None), ("single", 3)]
+)
 def test_features_of_a_user_are_those_of_the_user_alone(
-    corpus: Corpus, system: str, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus, system: str, feature_dim: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = encoder(corpus, system)
+    model, width = encoder(corpus, system, feature_dim), feature_dim or 8
     task = Task.open(corpus, "beauty")
     histories = {s: task.history(s) for s in sorted(task.services)}
     last = max(histories)
@@ -74,13 +78,13 @@ def test_features_of_a_user_are_those_of_the_user_alone(
     monkeypatch.setattr(features, "CHUNK_ITEMS", 20)  # several batches
     monkeypatch.setattr(features, "CHUNK_TOKENS", {"cpu": 50})  # and chunks of each
     found, present = user_features(model, corpus, histories, cap)
-    assert found.shape == (task.n_users, len(histories) * 8)
+    assert found.shape == (task.n_users, len(histories) * width)
     for user in range(0, task.n_users, 7):
         for column, (offsets, items) in enumerate(histories.values()):
             log = items[int(offsets[user]) : int(offsets[user + 1])][-cap:]
-            z = found[user, 8 * column : 8 * column + 8]
+            z = found[user, width * column : width * column + width]
             assert present[user, column] == (len(log) > 0)
-            expected = alone(model, corpus, log) if len(log) else np.zeros(8)
+            expected = alone(model, corpus, log) if len(log) else np.zeros(width)
             np.testing.assert_allclose(z, expected, atol=1e-5)
     assert present[::3, -1].sum() == 0 < present[1::3, -1].sum()
 
@@ -125,6 +129,11 @@ def test_item_features_are_in_the_order_asked_for(
             one = model.encode_items(tokens, np.array([0, len(tokens)]))
         np.testing.assert_allclose(whole[row], one[0].numpy(), atol=1e-5)
     assert item_features(model, corpus, items[:0]).shape == (0, 8)
+
+
+def test_item_features_keep_the_width_of_the_model(corpus: Corpus) -> None:
+    for items in (np.arange(7), np.arange(0)):
+        assert item_features(encoder(corpus, feature_dim=3), corpus, items).shape == (len(items), 8)
 
 
 ELSEWHERE = """

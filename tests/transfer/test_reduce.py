@@ -15,6 +15,7 @@ from sklearn.decomposition import PCA
 from test_embed import configure, publish
 
 import scaling.transfer.reduce as reduce
+from scaling.config import ModelConfig
 from scaling.data.corpus import Corpus
 from scaling.files import RecordError, sha256
 from scaling.rundir import RunDir
@@ -201,6 +202,20 @@ def test_learnt_from_a_run_and_read_again(
         learn(run, corpus, 6, tmp_path / "reduction")
     with pytest.raises(ReductionError, match="reduced to 7; valid: multiples of 2 up to 16"):
         learn(run, corpus, 7, tmp_path / "odd")
+
+
+def test_narrow_features_are_reduced_further(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reduce, "STEPS", 20)
+    config = configure(corpus, model=ModelConfig(layers=1, d_model=8, heads=2, feature_dim=3))
+    run = RunDir.create(corpus.path.parent.parent, config, "tiny")
+    publish(run, config, 6)
+    with pytest.raises(ReductionError, match="reduced to 8; valid: multiples of 2 up to 6"):
+        learn(run, corpus, 8, tmp_path / "wide")
+    assert learn(run, corpus, 4, tmp_path / "reduction")["dims"] == 4
+    shapes = {a.shape for a in Reduction.read(tmp_path / "reduction").matrices.values()}
+    assert shapes == {(2, 3)}
 
 
 def test_a_diverged_encoder_is_refused(corpus: Corpus, tmp_path: Path) -> None:
