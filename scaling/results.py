@@ -1,4 +1,4 @@
-"""Run directories become tidy tables: ``runs``, ``curves`` and ``transfer``.
+"""Run directories become tidy tables: ``runs``, ``curves``, ``transfer`` and ``gains``.
 
 A run that is missing, unfinished, diverged or unreadable keeps its row; what is not known is null.
 ``collect.json`` counts and names every such run, so that nothing leaves a study unseen.
@@ -23,12 +23,13 @@ from scaling.files import RecordError, read_json, write_bytes, write_json
 from scaling.flops import to_pf_days
 from scaling.rundir import RunDir
 from scaling.sweeps import PLAN_COLUMNS
+from scaling.transfer.gains import MATCHED, Evaluated, compare
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TABLES_VERSION = 3
-"""Version of all three tables; it rises when a reader of an older one would misread them."""
+TABLES_VERSION = 4
+"""Version of all four tables; it rises when a reader of an older one would misread them."""
 TRAIN_POINTS = 200
 """Training rows kept per run, evenly spaced; the evaluations on the pool are all kept."""
 
@@ -141,11 +142,21 @@ CURVES_SCHEMA = _schema(
 
 def _with_interval(name: str, unit: str, meaning: str) -> list[tuple[str, pa.DataType, str, str]]:
     return [
-        (name, FLOAT, unit, f"{meaning}; mean over targets and seeds"),
+        (name, FLOAT, unit, meaning),
         (f"{name}_low", FLOAT, unit, f"lower end of the 95 % interval of {name}, users resampled"),
         (f"{name}_high", FLOAT, unit, "upper end of it"),
     ]
 
+
+MEASURES = (
+    ("hr_1", "", "hit rate at 1 among the candidates"),
+    ("hr_10", "", "hit rate at 10"),
+    ("ndcg_10", "", "normalised discounted cumulative gain at 10"),
+    ("mrr", "", "mean reciprocal rank"),
+    ("loss", "nats", "downstream loss: binary cross-entropy on fixed pairs"),
+    ("loss_softmax", "nats", "cross-entropy over the 101 candidates"),
+)
+"""What downstream evaluations measure: column, unit, meaning."""
 
 TRANSFER_SCHEMA = _schema(
     "transfer",
@@ -160,12 +171,11 @@ TRANSFER_SCHEMA = _schema(
         ("seeds", INT, "", "seeds of what is trained on the features"),
         ("task_digest", STR, "", "digest of the task's content"),
         ("step", INT, "steps", "checkpoint that was evaluated: always the run's last step"),
-        *_with_interval("hr_1", "", "hit rate at 1 among the candidates"),
-        *_with_interval("hr_10", "", "hit rate at 10"),
-        *_with_interval("ndcg_10", "", "normalised discounted cumulative gain at 10"),
-        *_with_interval("mrr", "", "mean reciprocal rank"),
-        *_with_interval("loss", "nats", "downstream loss: binary cross-entropy on fixed pairs"),
-        *_with_interval("loss_softmax", "nats", "cross-entropy over the 101 candidates"),
+        *(
+            column
+            for name, unit, meaning in MEASURES
+            for column in _with_interval(name, unit, f"{meaning}; mean over targets and seeds")
+        ),
         ("tie_gap", FLOAT, "", "largest change of a metric between best and worst order of ties"),
         ("candidates", INT, "items", "items that a target is ranked among, itself included"),
         ("n_users", INT, "users", "users tested"),
@@ -173,7 +183,46 @@ TRANSFER_SCHEMA = _schema(
     ],
 )  # fmt: skip
 
-SCHEMAS = {"runs": RUNS_SCHEMA, "curves": CURVES_SCHEMA, "transfer": TRANSFER_SCHEMA}
+
+def _gain(name: str, unit: str, meaning: str) -> list[tuple[str, pa.DataType, str, str]]:
+    gain, relative = f"{name}_gain", f"{name}_relative"
+    return [
+        *_with_interval(gain, unit, f"{meaning}: the run's less the baseline's, on the same "
+                        "targets of the same users; mean over targets and seeds"),
+        *_with_interval(relative, "", f"{gain} / {name}_baseline; null where that is 0"),
+        (f"{name}_baseline", FLOAT, unit, f"the baseline's own {name}"),
+    ]  # fmt: skip
+
+
+GAINS_SCHEMA = _schema(
+    "gains",
+    [
+        ("run_key", STR, "", "run whose encoder was used"),
+        ("task", STR, "", "downstream task"),
+        ("task_digest", STR, "", "digest of the task's content"),
+        ("system", STR, "", "the run's encoder and head (clue/u-mlp, ...)"),
+        ("history", STR, "", "of the run's evaluation; a baseline's is always target"),
+        ("folds", INT, "", "folds of the users, of both"),
+        ("seeds", INT, "", "seeds, of both"),
+        ("baseline", STR, "", "the system without an encoder (popularity, bst, lightgcn, ...)"),
+        ("baseline_validation_loss", FLOAT, "nats", "its binary cross-entropy on validation "
+         "examples, the same pairs for all systems: mean over folds and seeds; null: it counts"),
+        *(column for measure in MEASURES for column in _gain(*measure)),
+        ("tau_b_union", FLOAT, "", "Kendall's tau-b of the token distributions of the pretraining "
+         "of the run's corpus and the task, over tokens of either; null: a corpus is gone"),
+        ("tau_b_intersection", FLOAT, "", "the same over tokens of both"),
+        ("tau_b_top_1000", FLOAT, "", "the same over the 1,000 most frequent of pretraining"),
+        ("n_users", INT, "users", "users tested"),
+        ("n_targets", INT, "items", "targets tested"),
+    ],
+)  # fmt: skip
+
+SCHEMAS = {
+    "runs": RUNS_SCHEMA,
+    "curves": CURVES_SCHEMA,
+    "transfer": TRANSFER_SCHEMA,
+    "gains": GAINS_SCHEMA,
+}
 CURVES_COLUMNS = tuple(CURVES_SCHEMA.names)
 """Held, for a schema makes its names anew for each of a million rows."""
 
@@ -186,12 +235,14 @@ class Tables:
         runs: one row per planned run, in the order of the plan.
         curves: metrics along the runs.
         transfer: downstream evaluations.
+        gains: each run's evaluations against systems without an encoder, on the same targets.
         collected: content of ``collect.json``.
     """
 
     runs: "pd.DataFrame"
     curves: "pd.DataFrame"
     transfer: "pd.DataFrame"
+    gains: "pd.DataFrame"
     collected: Mapping[str, Any]
 
 
@@ -212,8 +263,8 @@ def collect(
 ) -> dict[str, Any]:
     """Read the run directories of a plan and write the tables of the sweep, which ``load`` reads.
 
-    Writes ``out/{runs,curves,transfer}.parquet`` and ``out/collect.json``, each atomically; the
-    same run directories always give the same bytes.
+    Writes ``out/{runs,curves,transfer,gains}.parquet`` and ``out/collect.json``, each atomically;
+    the same run directories always give the same bytes.
 
     Args:
         root: root folder of all state.
@@ -232,17 +283,20 @@ def collect(
     runs: list[dict[str, Any]] = []
     curves = [CURVES_SCHEMA.empty_table()]
     transfer = [TRANSFER_SCHEMA.empty_table()]
+    evaluated: list[Evaluated] = []
     for planned in planned_rows:
-        runs.append(_collect_run(root, planned, curves, transfer, account))
+        runs.append(_collect_run(root, planned, curves, transfer, evaluated, account))
     tables = {
         "runs": pa.Table.from_pylist(runs, schema=RUNS_SCHEMA),
         "curves": pa.concat_tables(curves),
         "transfer": pa.concat_tables(transfer),
     }
-    baselines = _baseline_rows(root, tables["transfer"])
+    baselines, systems = _baseline_rows(root, tables["transfer"])
     tables["transfer"] = pa.concat_tables(
         [tables["transfer"], pa.Table.from_pylist(baselines, schema=TRANSFER_SCHEMA)]
     )
+    gains = compare(root, evaluated, systems)
+    tables["gains"] = pa.Table.from_pylist(gains.rows, schema=GAINS_SCHEMA)
     states = Counter(row["state"] or "UNFINISHED" for row in runs)
     report = {
         "schema_version": TABLES_VERSION,
@@ -255,6 +309,8 @@ def collect(
         "unreadable": account.unreadable,
         "stale": account.stale,
         "without_transfer": account.without_transfer if len(tables["transfer"]) else [],
+        "unpaired": gains.unpaired,
+        "without_tau": gains.without_tau,
         "rows": {name: len(table) for name, table in tables.items()},
         "train_rows_left_out": account.train_rows_left_out,
         "train_rows_rule": f"at most {TRAIN_POINTS} training rows a run, evenly spaced by row",
@@ -317,9 +373,10 @@ def _collect_run(
     planned: Mapping[str, Any],
     curves: list[pa.Table],
     transfer: list[pa.Table],
+    evaluated: list[Evaluated],
     account: _Account,
 ) -> dict[str, Any]:
-    """Row of one run; its curve and transfer rows are appended."""
+    """Row of one run; its curve and transfer rows and its evaluations are appended."""
     row: dict[str, Any] = dict.fromkeys(RUNS_SCHEMA.names)
     row.update({name: planned[name] for name in PLAN_COLUMNS})
     key = planned["run_key"]
@@ -343,7 +400,7 @@ def _collect_run(
         result = run.result()
         if result is not None:
             _take_result(row, result, planned, run, config)
-        downstream, stale = _transfer_rows(run, config)
+        downstream, compared, stale = _transfer_rows(run, config)
         pa.Table.from_pylist([row], schema=RUNS_SCHEMA)
         curve = pa.Table.from_pylist(found, schema=CURVES_SCHEMA)
         scores = pa.Table.from_pylist(downstream, schema=TRANSFER_SCHEMA)
@@ -355,6 +412,7 @@ def _collect_run(
         return {**dict.fromkeys(RUNS_SCHEMA.names), **{n: planned[n] for n in PLAN_COLUMNS}}
     curves.append(curve)
     transfer.append(scores)
+    evaluated += compared
     account.stale += stale
     account.train_rows_left_out += left_out
     if row["status"] == "diverged":
@@ -440,45 +498,58 @@ PROTOCOL = ("history", "folds", "seeds", "task_digest")
 
 def _transfer_rows(
     run: RunDir, config: RunConfig
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of the run's last step, and records of other steps, which say nothing of its loss."""
-    rows, stale = [], []
+) -> tuple[list[dict[str, Any]], list[Evaluated], list[dict[str, Any]]]:
+    """Rows of the run's last step, what they are of, and records of other steps, which say nothing
+    of its loss."""
+    rows, compared, stale = [], [], []
     for path in sorted(run.path.glob("transfer/*.json")):
         record = read_json(path)
         if not isinstance(record, dict) or record.get("run_key") != run.run_key:
             raise RecordError(f"{path}: not a transfer record of run {run.run_key}")
-        if not isinstance(record.get("evaluation"), dict):
+        evaluation = record.get("evaluation")
+        if not isinstance(evaluation, dict):
             stale.append({"run_key": run.run_key, "record": path.name, "step": record.get("step")})
             continue  # of a version that kept folds apart
-        shared = {name: record["evaluation"].get(name) for name in PROTOCOL}
-        shared |= {"run_key": run.run_key, "step": record.get("step")}
-        if shared["step"] != config.steps:
-            stale.append({"run_key": run.run_key, "record": path.name, "step": shared["step"]})
+        shared = {name: evaluation.get(name) for name in PROTOCOL} | {"run_key": run.run_key}
+        step = record.get("step")
+        if step != config.steps:
+            stale.append({"run_key": run.run_key, "record": path.name, "step": step})
             continue
         for entry in record.get("rows", []):
-            rows.append({name: entry.get(name) for name in TRANSFER_SCHEMA.names} | shared)
-    return rows, stale
+            row = {name: entry.get(name) for name in TRANSFER_SCHEMA.names} | shared
+            rows.append(row | {"step": step})
+            if row["segment"] == "all":
+                columns = shared | {"task": row["task"], "system": row["system"]}
+                corpora = str(config.data.corpus_digest), str(evaluation.get("corpus_digest"))
+                compared.append(Evaluated(path, columns, row, corpora))
+    return rows, compared, stale
 
 
-def _baseline_rows(root: Path, transfer: pa.Table) -> list[dict[str, Any]]:
-    """Rows of the systems without an encoder on the tasks that the runs were evaluated on.
+def _baseline_rows(root: Path, transfer: pa.Table) -> tuple[list[dict[str, Any]], list[Evaluated]]:
+    """Rows of the systems without an encoder on the tasks that the runs were evaluated on, and
+    what they are of.
 
     Raises:
         RecordError: a record is torn, or is none.
     """
     tasks = set(transfer["task_digest"].to_pylist())
-    rows = []
+    rows, systems = [], []
     for path in sorted((root / "baselines").glob("*/*/*.json")):
         record = read_json(path)
         if not isinstance(record, dict) or not {"task_digest", "rows"} <= record.keys():
             raise RecordError(f"{path}: not a record of a baseline")
-        if record["task_digest"] in tasks:
-            shared = {name: record.get(name) for name in PROTOCOL}
-            rows += [
-                {name: row.get(name) for name in TRANSFER_SCHEMA.names} | shared
-                for row in record["rows"]
-            ]
-    return rows
+        if record["task_digest"] not in tasks:
+            continue
+        shared = {name: record.get(name) for name in PROTOCOL}
+        for entry in record["rows"]:
+            row = {name: entry.get(name) for name in TRANSFER_SCHEMA.names} | shared
+            rows.append(row)
+            if row["segment"] == "all":
+                columns = {name: shared[name] for name in MATCHED}
+                columns |= {"baseline": row["system"]}
+                columns |= {"baseline_validation_loss": record.get("validation_loss")}
+                systems.append(Evaluated(path, columns, row))
+    return rows, systems
 
 
 def _read(path: Path, name: str) -> "pd.DataFrame":

@@ -70,7 +70,12 @@ def test_orchestrate(tmp_path):
     keys = ["submit_2000_s", "status_2000_s", "collect_2000_s", "rss_mb", "collect_rss_mb"]
     assert all(0 < found[key] < np.inf for key in keys)
     assert found["runs"] == 40  # of each point of the grid as many
-    assert found["table_rows"] == {"runs": 40, "curves": 40 * (50 + 2 * 20), "transfer": 0}
+    assert found["table_rows"] == {
+        "runs": 40,
+        "curves": 40 * (50 + 2 * 20),
+        "transfer": 0,
+        "gains": 0,
+    }
     # Counts, not times: opens of files, folders listed, calls of Slurm, files left.
     sides = found["sides"]
     assert found["opens_per_run"] == 3

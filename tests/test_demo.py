@@ -168,7 +168,7 @@ def test_the_table_reads_well_in_80_columns(identified: bool, said: list[str]) -
         },
         "transfer": {"coupons": {"system": "clue/u-mlp", "spearman": 0.92, "failed": None}},
     }
-    summary = demo.Summary(Tables(runs, runs, transfer, {}), fits, (), 17)
+    summary = demo.Summary(Tables(runs, runs, transfer, runs, {}), fits, (), 17)
     out = io.StringIO()
     demo._print(Console(file=out, width=80), summary)
     lines = [line.strip() for line in out.getvalue().splitlines() if line.strip()]

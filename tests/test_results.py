@@ -275,6 +275,75 @@ def test_a_torn_record_of_a_baseline_is_told(tmp_path: Path, runs: list[PlannedR
         take(tmp_path, runs[:1])
 
 
+def evaluated(root: Path, runs: list[PlannedRun]) -> tuple[Path, Path]:
+    """Targets of an evaluation of the first run and of BST, two users with two targets: records
+    and files beside them."""
+    run = start(root / "work", runs[0])
+    run.write_result(steps(run, 1, STEPS, 0), result(runs[0]))
+    protocol = {"folds": 2, "seeds": 1, "task_digest": "abcd"}
+    digest = "qrstuvwxyzqrstuv"
+    paths = (
+        run.path / "transfer" / "books-aaaaaaaa.json",
+        root / "work" / "baselines" / digest / "books-bbbbbbbb" / "bst.json",
+    )
+    shared = {"task": "books", "segment": "all", "n_users": 2, "n_targets": 4}
+    for path, system, ranks in zip(
+        paths, ("clue/u-mlp", "bst"), ([1, 2, 2, 20], [2, 2, 4, 20]), strict=True
+    ):
+        losses = [rank / 10 for rank in ranks]
+        row = {**shared, "system": system, "mrr": sum(1 / r for r in ranks) / 4}
+        record: dict[str, Any] = {"rows": [row, {**row, "segment": "cold", "mrr": 0.0}]}
+        if path is paths[0]:
+            of = {"task": "books", "corpus_digest": digest, "history": "all", **protocol}
+            record |= {"run_key": run.run_key, "step": STEPS, "evaluation": of}
+        else:
+            record |= {"system": system, "validation_loss": 0.5, "history": "target", **protocol}
+        write_json(path, record)
+        columns = {"seed": [0] * 4, "user": [5, 5, 9, 9], "fold": [0] * 4, "target": [0, 1, 0, 1]}
+        columns |= {"first": ranks, "last": ranks, "loss": losses, "loss_softmax": losses}
+        pq.write_table(pa.table(columns), path.with_suffix(".parquet"))
+    return paths
+
+
+def test_gains_are_the_run_s_against_every_system_beside_it(
+    tmp_path: Path, runs: list[PlannedRun]
+) -> None:
+    evaluated(tmp_path, runs)
+    tables = take(tmp_path, runs[:1])
+    (row,) = tables.gains.to_dict(orient="records")
+    assert {k: row[k] for k in ("run_key", "task", "system", "history", "baseline", "folds")} == {
+        "run_key": runs[0].row["run_key"], "task": "books", "system": "clue/u-mlp",
+        "history": "all", "baseline": "bst", "folds": 2,
+    }  # fmt: skip
+    # 1, 2, 2, 20 beside 2, 2, 4, 20: by user 1/2 and 1/4 more of the reciprocal rank in two
+    assert row["mrr_gain"] == pytest.approx(3 / 16)
+    assert (row["mrr_gain_low"], row["mrr_gain_high"]) == pytest.approx((1 / 8, 1 / 4))
+    assert row["mrr_baseline"] == pytest.approx(1.3 / 4)
+    assert row["mrr_relative"] == pytest.approx(0.75 / 1.3)
+    assert (row["hr_1_gain"], row["hr_10_gain"]) == (0.25, 0)
+    assert row["loss_gain"] == pytest.approx(-0.075)
+    assert (row["n_users"], row["n_targets"], row["baseline_validation_loss"]) == (2, 4, 0.5)
+    assert pd.isna(row["tau_b_union"])
+    (entry,) = tables.collected["without_tau"]
+    assert "no corpus abcdefghijklmnop" in entry["error"]
+    assert tables.collected["unpaired"] == []
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_an_evaluation_without_its_targets_is_named_and_keeps_its_row(
+    tmp_path: Path, runs: list[PlannedRun], side: int
+) -> None:
+    paths = evaluated(tmp_path, runs)
+    paths[side].with_suffix(".parquet").unlink()
+    tables = take(tmp_path, runs[:1])
+    assert tables.gains.empty
+    assert len(tables.transfer) == 4
+    (entry,) = tables.collected["unpaired"]
+    assert entry["record"] == str(paths[side].relative_to(tmp_path / "work"))
+    assert entry["run_key"] == [runs[0].row["run_key"], None][side]
+    assert "no such file" in entry["error"]
+
+
 @pytest.mark.parametrize("step", [STEPS - 1, None])
 def test_transfer_of_another_step_is_stale(
     tmp_path: Path, runs: list[PlannedRun], step: int | None
@@ -339,7 +408,7 @@ def test_collecting_again_gives_the_same_bytes(tmp_path: Path, runs: list[Planne
     before = {f.name: f.read_bytes() for f in files}
     take(tmp_path, runs)
     assert {f.name: f.read_bytes() for f in sorted((tmp_path / "results").iterdir())} == before
-    assert sorted(before) == ["collect.json", "curves.parquet", "runs.parquet", "transfer.parquet"]
+    assert sorted(before) == ["collect.json", *sorted(f"{name}.parquet" for name in SCHEMAS)]
 
 
 def test_types_units_and_meanings_survive_the_file(tmp_path: Path, runs: list[PlannedRun]) -> None:
@@ -378,7 +447,7 @@ def test_a_damaged_table_is_named(tmp_path: Path, runs: list[PlannedRun]) -> Non
         load(tmp_path / "results")
 
 
-@pytest.mark.parametrize("version", ["2", "4"])
+@pytest.mark.parametrize("version", ["3", "5"])
 def test_another_version_is_refused(tmp_path: Path, runs: list[PlannedRun], version: str) -> None:
     take(tmp_path, runs)
     path = tmp_path / "results" / "runs.parquet"

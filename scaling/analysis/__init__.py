@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scaling.analysis.additive import AdditiveFit, FitError, FitStatus
-    from scaling.analysis.figures import draw, loss_vs_compute, transfer_vs_pretraining
+    from scaling.analysis.figures import (
+        draw,
+        gain_vs_similarity,
+        loss_vs_compute,
+        transfer_vs_pretraining,
+    )
     from scaling.analysis.fit import PowerLawFit, fit_power_law
     from scaling.analysis.frontier import compute_frontier
     from scaling.analysis.law import Identification, LawFit, fit_law
@@ -32,6 +37,7 @@ _HOME = {
     "draw": "figures",
     "fit_law": "law",
     "fit_power_law": "fit",
+    "gain_vs_similarity": "figures",
     "loss_vs_compute": "figures",
     "study": "report",
     "transfer_vs_pretraining": "figures",
@@ -49,6 +55,7 @@ __all__ = [
     "draw",
     "fit_law",
     "fit_power_law",
+    "gain_vs_similarity",
     "loss_vs_compute",
     "study",
     "transfer_vs_pretraining",

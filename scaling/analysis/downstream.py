@@ -48,7 +48,7 @@ def downstream_points(
         own = of_task[of_task["system"] == chosen]
         if chosen is None or own.empty:
             continue
-        failed = _differences(own)
+        failed = differences(own)
         columns = {metric: "downstream", f"{metric}_low": "low", f"{metric}_high": "high"}
         points = own[["run_key", "pretraining", *columns]].rename(columns=columns)
         tasks[str(task)] = TaskPoints(
@@ -60,7 +60,7 @@ def downstream_points(
     return tasks
 
 
-def _differences(rows: pd.DataFrame) -> str | None:
+def differences(rows: pd.DataFrame) -> str | None:
     """In what the protocols of some rows differ; None if they are one."""
     found = {c: sorted(map(str, rows[c].unique())) for c in PROTOCOL}
     differing = [f"{c} {', '.join(v)}" for c, v in found.items() if len(v) > 1]

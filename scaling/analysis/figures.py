@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from scaling.analysis.downstream import correlations, downstream_points
 from scaling.analysis.frontier import compute_frontier
+from scaling.analysis.gains import encoder, gain_points
 from scaling.files import write_bytes
 from scaling.results import Tables
 
@@ -48,6 +49,12 @@ DOWNSTREAM_LABELS = {
     "hr_10": "downstream HR@10",
     "ndcg_10": "downstream NDCG@10",
 }
+
+
+GAIN_METRICS = ("hr_10", "mrr")
+"""Panels of the figure of gains."""
+SPREAD = 0.01
+"""Half the width over which the runs of a task are spread around its tau."""
 
 
 class Law(Protocol):
@@ -146,6 +153,46 @@ def transfer_vs_pretraining(
     return ax
 
 
+def gain_vs_similarity(
+    gains: pd.DataFrame,
+    *,
+    metric: str = "hr_10",
+    system: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Relative gain over the best task-specific system, with its 95 % interval, against Kendall's
+    tau-b of pretraining and task; one colour a task.
+
+    The runs of a task have one tau; in the order of their gains they are spread a little around it,
+    so that their intervals can be told apart. A task without points is named with the reason.
+
+    Args:
+        metric: of ``results.MEASURES``.
+        system: the runs' encoder and head; None: ``u-mlp`` on the encoder that most runs have.
+    """
+    ax = ax or _axes()
+    chosen = system or encoder(gains)
+    tasks = gain_points(gains, metric, chosen) if chosen else {}
+    for i, (task, found) in enumerate(tasks.items()):
+        color, points = f"C{i % 7}", found.points.sort_values("gain", kind="stable")
+        if found.failed:
+            ax.plot([], [], " ", label=f"{task}: not drawn,\n{found.failed.partition(':')[0]}")
+            continue
+        x = points["tau_b"] + (np.linspace(-SPREAD, SPREAD, len(points)) if len(points) > 1 else 0)
+        ax.scatter(
+            x, points["gain"], color=color, s=22, alpha=0.9, linewidths=0,
+            marker=MARKERS[i % len(MARKERS)],
+            label=f"{task}, {len(points)} runs\nover {found.baseline}",
+        )  # fmt: skip
+        ax.vlines(x, points["low"], points["high"], color=color, linewidth=0.8, alpha=0.6)
+    ax.axhline(0, color="0.45", linestyle="--", linewidth=1)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.set_xlabel("tau-b of pretraining and task")
+    ax.set_ylabel(f"relative gain, {DOWNSTREAM_LABELS.get(metric, metric)}")
+    _legend(ax)
+    return ax
+
+
 def law_and_points(
     fit: Law | Mapping[str, Any],
     points: pd.DataFrame,
@@ -183,6 +230,8 @@ def draw(tables: Tables, fits: Mapping[str, Any], out: Path) -> list[Path]:
         figures["transfer_vs_pretraining"] = lambda: transfer_vs_pretraining(
             tables.transfer, tables.runs
         )
+    if _has_gains(tables.gains):
+        figures["gain_vs_similarity"] = lambda: _gain_panels(tables.gains)
     written = []
     for name, make in figures.items():
         with mpl.rc_context(fname=STYLE):
@@ -197,6 +246,24 @@ def draw(tables: Tables, fits: Mapping[str, Any], out: Path) -> list[Path]:
                 written.append(out / f"{name}.{kind}")
             plt.close(figure)
     return written
+
+
+def _has_gains(gains: pd.DataFrame) -> bool:
+    """Whether at least two tasks have points of gains."""
+    system = encoder(gains)
+    tasks = gain_points(gains, GAIN_METRICS[0], system) if system else {}
+    return sum(len(found.points) > 0 for found in tasks.values()) > 1
+
+
+def _gain_panels(gains: pd.DataFrame) -> Axes:
+    """One panel a metric side by side, with one legend."""
+    _, panels = plt.subplots(1, len(GAIN_METRICS), layout="constrained", figsize=(9.6, 4.2))
+    for ax, metric in zip(panels, GAIN_METRICS, strict=True):
+        gain_vs_similarity(gains, metric=metric, ax=ax)
+    for ax in panels[:-1]:
+        ax.get_legend().remove()
+    last: Axes = panels[-1]
+    return last
 
 
 def _axes() -> Axes:

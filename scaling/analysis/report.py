@@ -17,6 +17,7 @@ import scaling
 from scaling.analysis.additive import FitError, FitStatus
 from scaling.analysis.downstream import correlations, downstream_points
 from scaling.analysis.fit import LOG_HUBER_DELTA, PowerLawFit, fit_power_law
+from scaling.analysis.gains import gains_report
 from scaling.analysis.law import fit_law
 from scaling.files import write_json
 from scaling.results import Tables
@@ -46,7 +47,8 @@ def study(
 
     Returns:
         JSON-able: ``rows`` (used and dropped, by rule), ``rank_correlation`` of loss with compute,
-        ``compute`` (``headline``, ``alternatives``, ``conclusion``), ``joint``, ``transfer``.
+        ``compute`` (``headline``, ``alternatives``, ``conclusion``), ``joint``, ``transfer``,
+        ``gains``.
     """
     runs, rows = _rows(tables)
     return {
@@ -60,6 +62,7 @@ def study(
         "compute": _compute(runs, n_boot, seed, delta),
         "joint": _joint(runs, n_boot, seed, delta),
         "transfer": _transfer(tables),
+        "gains": gains_report(tables.gains),
     }
 
 

@@ -27,6 +27,14 @@ def baselines(
     ] = None,
     folds: Annotated[int, typer.Option(help="Folds of the users: 2, 5 or 10.")] = 5,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of what is trained.")] = 1,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a sentence-transformers model: item texts by it, not by TF-IDF, for "
+            "the systems that use vectors of texts.",
+            metavar="WEIGHTS",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate what an encoder is compared with, on tasks.
@@ -52,8 +60,9 @@ def baselines(
                 update(round(100 * (i + share)), 100 * len(chosen), what)
 
             rows += evaluate_baselines(
-                root, corpus, one, system or None, folds=folds, seeds=seeds, progress=tell
-            )
+                root, corpus, one, system or None, folds=folds, seeds=seeds, weights=texts,
+                progress=tell,
+            )  # fmt: skip
     if as_json:
         print_json(rows)
         return

@@ -308,7 +308,9 @@ def collect(sweep: SweepFile, root: Root = WORK, results: Results = RESULTS) -> 
     report = tabulate(root, [p.row for p in planned], grid.name, out)
     states = ", ".join(f"{n} {state}" for state, n in report["states"].items())
     typer.echo(f"{out}: {report['planned']} runs ({states}), {report['with_loss']} with a loss")
-    for reason in ("incomplete", "diverged", "unreadable", "without_transfer"):
+    for reason in (
+        "incomplete", "diverged", "unreadable", "without_transfer", "unpaired", "without_tau",
+    ):  # fmt: skip
         if report[reason]:
             typer.echo(f"{reason}: {len(report[reason])} (named in {out / 'collect.json'})")
 

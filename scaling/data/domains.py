@@ -93,21 +93,47 @@ def domains(corpus: Corpus, name: str, reference: Corpus) -> list[Domain]:
     """A corpus's pretraining, its services and its tasks, in tokens of ``reference``."""
     logs = {f"{name}/{s}": item_counts(corpus, s) for s in corpus.card.services}
     services = len(logs)
-    for task_name in corpus.manifest["tasks"]:
-        task = Task.open(corpus, task_name)
-        _, history = task.history(task.service)
-        counts = count_items(corpus, history) + count_items(corpus, task.targets.reshape(-1))
-        logs[f"{name}/tasks/{task_name}"] = counts
-    texts = text_tokens if same_tokenizer(corpus, reference) else encoded_again(corpus, reference)
-    tokens = token_counts(corpus, [*logs.values()], reference.card.vocab_size, texts)
+    logs |= {f"{name}/tasks/{t}": _task_counts(corpus, t) for t in corpus.manifest["tasks"]}
+    tokens = _in_tokens_of(reference, corpus, [*logs.values()])
     parts = [Domain(n, int(logs[n].sum()), t) for n, t in zip(logs, tokens, strict=True)]
     total = sum(p.behaviours for p in parts[:services])
     return [Domain(name, total, np.sum(tokens[:services], axis=0)), *parts]
 
 
+def similarity(corpus: Corpus, owner: Corpus, task: str) -> dict[str, float | None]:
+    """Tau-b between a corpus's pretraining, all its services together, and one task.
+
+    Args:
+        corpus: its tokenizer is used for both.
+        owner: corpus of the task: ``corpus`` itself, or another.
+
+    Returns:
+        By variant; None where it is not defined.
+
+    Raises:
+        CorpusError: there is no such task, or it leaks.
+    """
+    services = [item_counts(corpus, s) for s in corpus.card.services]
+    (pretraining,) = _in_tokens_of(corpus, corpus, [np.sum(services, axis=0)])
+    (of_task,) = _in_tokens_of(corpus, owner, [_task_counts(owner, task)])
+    return {v: tau_b(pretraining, of_task, v)["tau_b"] for v in VARIANTS}
+
+
+def _task_counts(corpus: Corpus, name: str) -> Ints:
+    """Logs of every item by a task's users in its service, histories and targets. [items]"""
+    task = Task.open(corpus, name)
+    _, history = task.history(task.service)
+    return count_items(corpus, history) + count_items(corpus, task.targets.reshape(-1))
+
+
+def _in_tokens_of(reference: Corpus, corpus: Corpus, logs: Sequence[Ints]) -> list[Ints]:
+    """Occurrences of every token of ``reference`` in logs of ``corpus``. [vocabulary] each"""
+    texts = text_tokens if same_tokenizer(corpus, reference) else encoded_again(corpus, reference)
+    return token_counts(corpus, logs, reference.card.vocab_size, texts)
+
+
 def same_tokenizer(one: Corpus, other: Corpus) -> bool:
-    """Whether two corpora's items are cut into tokens by the same file."""
-    """Whether two corpora's texts were cut into tokens alike."""
+    """Whether two corpora's texts were cut into tokens alike: by the same file."""
     digest, another = (c.manifest["files"]["tokenizer.json"]["sha256"] for c in (one, other))
     return bool(digest == another)
 

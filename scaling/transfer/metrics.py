@@ -33,6 +33,8 @@ both [users]."""
 
 METRICS = ("hr_1", "hr_10", "ndcg_10", "mrr")
 """Those of every table."""
+LOSSES = ("loss", "loss_softmax")
+"""Those beside them, of systems whose scores are logits."""
 AT_ONCE = 1 << 20
 """Scores compared at once in a full ranking: about a core's cache."""
 
@@ -317,14 +319,29 @@ def bootstrap(values: Values, n_boot: int = 1000, seed: int = 0, level: float = 
     sums, counts = _by_user(values)
     if not 0 < level < 1 or n_boot < 2:
         raise MetricError(f"level = {level}, n_boot = {n_boot}; valid: 0 < level < 1, n_boot >= 2")
-    draws = np.random.default_rng(seed)
-    n, means = len(sums), np.empty(n_boot)
-    for draw in range(n_boot):
-        chosen = draws.integers(0, n, n)
-        means[draw] = sums.take(chosen).sum() / counts.take(chosen).sum()
+    means = resampled(sums[None], counts, n_boot, seed)[0]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     mean = sums.sum() / counts.sum()
     return Interval(float(mean), float(low), float(high), float(means.std(ddof=1)))
+
+
+def resampled(sums: Floats, counts: Ints, n_boot: int = 1000, seed: int = 0) -> Floats:
+    """Means over all targets of several metrics, with users resampled. [metrics, n_boot]
+
+    The users of a draw depend on their number and on the seed alone: draws of two systems on the
+    same users belong together, and their differences are those of ``paired``.
+
+    Args:
+        sums: over each user's targets. [metrics, users]
+        counts: targets of each user. [users]
+    """
+    draws = np.random.default_rng(seed)
+    n, means = len(counts), np.empty((len(sums), n_boot))
+    for draw in range(n_boot):
+        chosen = draws.integers(0, n, n)
+        means[:, draw] = [metric.take(chosen).sum() for metric in sums]
+        means[:, draw] /= counts.take(chosen).sum()
+    return means
 
 
 def paired(

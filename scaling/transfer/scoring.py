@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scaling.data.task_forms import SEGMENTS
 from scaling.files import write_bytes
 from scaling.transfer.metrics import (
+    LOSSES,
     METRICS,
     Ranks,
     bootstrap,
@@ -37,7 +38,6 @@ Row = dict[str, Any]
 
 AT_ONCE = 1 << 24
 """Scores held at once: bounds memory, not the result."""
-LOSSES = ("loss", "loss_softmax")
 
 
 class Scorer(Protocol):

@@ -14,8 +14,10 @@ from scipy.sparse import csr_array
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfTransformer
 
+from scaling.config import canonical_json, short_digest
 from scaling.data import tokenizer
 from scaling.data.corpus import Corpus
+from scaling.files import sha256
 from scaling.transfer.problem import TransferError
 
 Ints = NDArray[np.int64]
@@ -68,8 +70,7 @@ def sentence_vectors(corpus: Corpus, items: Ints, weights: Path) -> Floats:
         raise TransferError(
             "sentence-transformers is not installed: pip install clue-scaling[text]"
         ) from None
-    if not (weights / "modules.json").is_file():
-        raise TransferError(f"{weights}: not a folder of a sentence-transformers model")
+    _check(weights)
     model = SentenceTransformer(str(weights), local_files_only=True)
     own = tokenizer.load(corpus.path / "tokenizer.json")
     tokens, offsets = corpus.item_tokens(items)
@@ -77,3 +78,25 @@ def sentence_vectors(corpus: Corpus, items: Ints, weights: Path) -> Floats:
     texts = [tokens[a + 1 : b].tolist() for a, b in pairwise(ends)]
     found: Floats = model.encode(own.decode_batch(texts), convert_to_numpy=True)
     return found.astype(np.float32)
+
+
+def weights_digest(weights: Path) -> str:
+    """Digest of a sentence-transformers model: of its files' names below the folder and their
+    content, hidden ones left out.
+
+    Raises:
+        TransferError: there is no model.
+    """
+    _check(weights)
+    files = {p.relative_to(weights): p for p in weights.rglob("*") if p.is_file()}
+    digests = {
+        str(name): sha256(p)
+        for name, p in files.items()
+        if not any(part.startswith(".") for part in name.parts)
+    }
+    return short_digest(canonical_json(digests))
+
+
+def _check(weights: Path) -> None:
+    if not (weights / "modules.json").is_file():
+        raise TransferError(f"{weights}: not a folder of a sentence-transformers model")

@@ -1,5 +1,6 @@
 """Which runs of a task stand beside each other."""
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -50,7 +51,7 @@ def test_runs_evaluated_differently_are_not_mixed(
     tables: Tables, values: dict[str, Any], reason: str
 ) -> None:
     transfer = changed(tables.transfer, tables.runs["run_key"][3], **values)
-    mixed = Tables(tables.runs, tables.curves, transfer, tables.collected)
+    mixed = replace(tables, transfer=transfer)
     found = study(mixed, n_boot=0)["transfer"]
     assert found["books"]["failed"] == f"runs were evaluated differently: {reason}"
     assert (found["books"]["n"], found["books"]["spearman"]) == (0, None)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -126,12 +127,7 @@ def test_drawing_twice_gives_the_same_files(
 
 
 def test_nothing_to_show_draws_nothing(tables: Tables, tmp_path: Path) -> None:
-    empty = Tables(
-        runs=tables.runs.assign(loss=np.nan),
-        curves=tables.curves,
-        transfer=tables.transfer.iloc[:0],
-        collected={},
-    )
+    empty = replace(tables, runs=tables.runs.assign(loss=np.nan), transfer=tables.transfer.iloc[:0])
     assert draw(empty, {}, tmp_path) == []
 
 

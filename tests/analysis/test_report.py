@@ -23,7 +23,7 @@ def fits(tables: Tables) -> dict[str, Any]:
 
 
 def changed(tables: Tables, runs: pd.DataFrame) -> Tables:
-    return Tables(runs, tables.curves, tables.transfer, tables.collected)
+    return replace(tables, runs=runs)
 
 
 def test_the_headline_is_the_planted_law(fits: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ def test_the_other_pool_is_the_largest_that_every_run_has(tables: Tables) -> Non
     """Final losses over smaller pools come from the last step of the curves."""
     smaller = tables.curves[tables.curves["pool_size"] == 64].assign(pool_size=16, loss=2.0)
     curves = pd.concat([tables.curves, smaller])
-    fits = study(Tables(tables.runs, curves, tables.transfer, {}), n_boot=0)
+    fits = study(replace(tables, curves=curves), n_boot=0)
     (other,) = (a for a in fits["compute"]["alternatives"] if a["y"].startswith("loss_pool"))
     assert other["y"] == "loss_pool_64"
     fit = fit_power_law(
@@ -127,7 +127,7 @@ def test_the_other_pool_is_the_largest_that_every_run_has(tables: Tables) -> Non
     )  # fmt: skip
     assert other["fit"]["params"] == pytest.approx(dict(fit.params))
     one = (curves["pool_size"] == 64) & (curves["run_key"] == tables.runs["run_key"][0])
-    fits = study(Tables(tables.runs, curves[~one], tables.transfer, {}), n_boot=0)
+    fits = study(replace(tables, curves=curves[~one]), n_boot=0)
     assert {a["y"] for a in fits["compute"]["alternatives"]} == {
         "loss", "loss_refit", "loss_pool_16",
     }  # fmt: skip
@@ -137,7 +137,7 @@ def with_loss(tables: Tables, loss: np.ndarray) -> Tables:
     """The study with another loss, which all its pools and the refitted scale share."""
     runs = tables.runs.assign(loss=loss, loss_refit=loss)
     curves = tables.curves.drop(columns="loss").merge(runs[["run_key", "loss"]], on="run_key")
-    return Tables(runs, curves, tables.transfer, tables.collected)
+    return replace(tables, runs=runs, curves=curves)
 
 
 def test_an_alternative_that_did_not_converge_is_against(

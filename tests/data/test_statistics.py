@@ -21,7 +21,7 @@ from scaling.cli import app
 from scaling.data import corpus as store
 from scaling.data import statistics, tokenizer, verify
 from scaling.data.corpus import Corpus
-from scaling.data.domains import VARIANTS, compare, tau_b
+from scaling.data.domains import VARIANTS, compare, similarity, tau_b
 from scaling.data.prepare import find_prepared, prepare
 from scaling.data.statistics import describe, popularity, summary, survey
 from scaling.data.tasks import Task
@@ -330,6 +330,13 @@ def test_domains_of_corpora_with_other_tokenizers(tiny_corpus, small_blocks):
         found = compare([reference, other])
         assert found["tokenizer"] == reference.path.name
         check_compare(found, domains, plain_tau)
+        for owner in (reference, other):
+            for task in owner.manifest["tasks"]:
+                a, b = domains[reference.path.name], domains[f"{owner.path.name}/tasks/{task}"]
+                kept = {v: ranked(a, b, v) for v in VARIANTS}
+                assert similarity(reference, owner, task) == pytest.approx(
+                    {v: plain_tau([a[t] for t in k], [b[t] for t in k]) for v, k in kept.items()}
+                )
 
 
 def test_encoding_again_keeps_tokens_of_the_same_tokenizer(corpus, monkeypatch):

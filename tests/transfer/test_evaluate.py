@@ -19,10 +19,14 @@ from scaling.data.prepare import prepare
 from scaling.data.tasks import Task
 from scaling.files import RecordError
 from scaling.models import build
+from scaling.results import collect, load
 from scaling.rundir import RunDir
+from scaling.sweeps import PLAN_COLUMNS
 from scaling.train.export import exported, load_encoder
 from scaling.train.loop import train
 from scaling.transfer import scoring
+from scaling.transfer.baselines import deepfm
+from scaling.transfer.baselines.evaluate import evaluate_baselines
 from scaling.transfer.declared import evaluations, fit_tasks
 from scaling.transfer.embed import Embedding, Wanted
 from scaling.transfer.evaluate import _outcome, evaluate
@@ -33,6 +37,7 @@ from scaling.transfer.metrics import METRICS
 from scaling.transfer.problem import TransferError, example_histories, pose
 from scaling.transfer.reduce import Reduction, ReductionError
 from scaling.transfer.scoring import rows_of
+from scaling.transfer.towers import TowerSettings
 
 
 @pytest.fixture
@@ -371,3 +376,44 @@ def test_a_corpus_that_the_encoder_never_saw(
     assert mine.keys() == theirs.keys()
     for text in mine:
         np.testing.assert_allclose(mine[text], theirs[text], atol=1e-5)
+
+
+def test_gains_are_taken_from_what_evaluations_leave(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of both seeds, of every task, and with all histories, against a system that learns nothing
+    and one that does."""
+    monkeypatch.setattr(deepfm, "SETTINGS", TowerSettings(max_epochs=2))
+    root, run = corpus.path.parent.parent, untrained(corpus, monkeypatch)
+    evaluate(run, corpus, wanted(corpus, "books", "beauty", seeds=2))
+    evaluate(run, corpus, wanted(corpus, "books", heads=("linear",), seeds=2, history="all"))
+    for task in ("books", "beauty"):
+        evaluate_baselines(root, corpus, task, ["popularity", "deepfm"], folds=2, seeds=2)
+    evaluate_baselines(root, corpus, "books", ["popularity"], folds=2, seeds=1)  # another protocol
+    planned = dict.fromkeys(PLAN_COLUMNS) | {"run_key": run.run_key}
+    account = collect(root, [planned], "tiny", tmp_path / "results")
+    assert (account["unpaired"], account["without_tau"]) == ([], [])
+    tables = load(tmp_path / "results")
+    assert [tuple(r) for r in tables.gains[["task", "system", "baseline"]].to_numpy()] == [
+        (task, system, baseline)
+        for task, system in tables.transfer.loc[
+            tables.transfer["run_key"].notna(), ["task", "system"]
+        ].to_numpy()
+        for baseline in ("deepfm", "popularity")
+    ]
+    assert len(tables.gains) == 6
+    mean = tables.transfer[tables.transfer["seeds"] == 2].set_index(["task", "system"])
+    for row in tables.gains.to_dict(orient="records"):
+        mine, other = (mean.loc[(row["task"], row[side])] for side in ("system", "baseline"))
+        assert row["n_targets"] == mine["n_targets"]
+        assert (row["tau_b_union"] > 0) == (row["task"] == "books")  # a service of pretraining
+        for name in (*METRICS, "loss", "loss_softmax"):
+            if name in METRICS or row["baseline"] == "deepfm":
+                assert row[f"{name}_gain"] == pytest.approx(mine[name] - other[name], abs=1e-12)
+                assert row[f"{name}_gain_low"] <= row[f"{name}_gain"] <= row[f"{name}_gain_high"]
+                width = row[f"{name}_gain_high"] - row[f"{name}_gain_low"]
+                widths = [side[f"{name}_high"] - side[f"{name}_low"] for side in (mine, other)]
+                assert width < sum(widths)
+            else:
+                assert np.isnan(row[f"{name}_gain"])
+        assert np.isnan(row["baseline_validation_loss"]) == (row["baseline"] == "popularity")

@@ -5,6 +5,9 @@ They depend on a task and on nothing of a run, so they are computed once:
     <root>/baselines/<corpus digest>/<task>-<8 letters>/<system>.json      rows and what they are of
                                                         <system>.parquet   ranks of every target
                                                         <system>.npy       users' vectors
+
+With the texts of a sentence-transformers model a system is another one, in a folder of its own:
+``lightgcn/sbert-<8 letters of the digest of the weights>``.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,6 +34,7 @@ from scaling.transfer.scoring import (
     scored,
     write_per_user,
 )
+from scaling.transfer.texts import weights_digest
 
 SYSTEMS: dict[str, Callable[[Context, Split, int], Scorer]] = {
     "popularity": popularity.known,
@@ -45,6 +49,8 @@ SYSTEMS: dict[str, Callable[[Context, Split, int], Scorer]] = {
     "deepfm": deepfm.deepfm,
 }
 """What is learnt in one fold by one seed, by the systems' names."""
+BY_TEXTS = ("lightgcn", "bst", "bst-15m", "deepfm")
+"""Systems that know items by vectors of their texts (``Context.texts``)."""
 HYBRID = ("bst", "lightgcn")
 """Systems of whose user vectors the Hybrid takes the better (Shin et al. 2023, Appendix E)."""
 VERSION = 1
@@ -58,12 +64,15 @@ def evaluate_baselines(
     *,
     folds: int = 5,
     seeds: int = 1,
+    weights: Path | None = None,
     progress: Callable[[float, str], None] | None = None,
 ) -> list[Row]:
     """Evaluate systems without an encoder on a task; what is recorded is read.
 
     Args:
         systems: of ``SYSTEMS``; None: all that the task can have.
+        weights: folder of a sentence-transformers model, whose vectors of texts the systems
+            ``BY_TEXTS`` are then given, and no other system is evaluated; None: TF-IDF, reduced.
         folds: 2, 5 or 10; means nothing for a ``leave_one_out`` task.
         seeds: of systems that are trained.
         progress: told the share that is done, and what is at work.
@@ -72,17 +81,24 @@ def evaluate_baselines(
         Rows of ``scoring.rows_of`` with ``run_key`` None.
 
     Raises:
-        TransferError: there is no such system, or the task cannot have it.
+        TransferError: there is no such system, or the task cannot have it; or there is no model in
+            ``weights``, the package that reads it is missing, or a system uses no vectors of texts.
         CorpusError: the corpus has no such task, or it leaks.
     """
     task = Task.open(corpus, task_name)
     problem = pose(corpus, task)
-    if systems is None:
+    if systems is None and weights is not None:
+        systems = BY_TEXTS
+    elif systems is None:
         lacking = {"popularity/pretraining"} if problem.pretraining is None else set()
         systems = [s for s in SYSTEMS if s not in lacking]
     if unknown := [s for s in systems if s not in SYSTEMS]:
         raise TransferError(f"system {unknown[0]!r}: there is none; valid: {', '.join(SYSTEMS)}")
-    study = _Study(root, corpus, task, problem, folds, seeds)
+    if weights is not None and (others := [s for s in systems if s not in BY_TEXTS]):
+        raise TransferError(
+            f"system {others[0]!r} uses no vectors of texts; those that do: {', '.join(BY_TEXTS)}"
+        )
+    study = _Study(root, corpus, task, problem, folds, seeds, weights)
     rows: list[Row] = []
     for done, system in enumerate(systems):
 
@@ -115,10 +131,17 @@ class _Study:
     """The folds and seeds of one task, and the records of systems on them."""
 
     def __init__(
-        self, root: Path, corpus: Corpus, task: Task, problem: Problem, folds: int, seeds: int
+        self,
+        root: Path,
+        corpus: Corpus,
+        task: Task,
+        problem: Problem,
+        folds: int,
+        seeds: int,
+        weights: Path | None = None,
     ) -> None:
         self.task, self.problem = task, problem
-        self.context = Context(corpus, problem)
+        self.context = Context(corpus, problem, weights)
         self.splits, self.of_replica, self.seeds = replicas(problem, folds, seeds)
         self.header: dict[str, Any] = {
             "version": VERSION,
@@ -128,6 +151,11 @@ class _Study:
             "folds": folds,
             "seeds": seeds,
         }
+        self.suffix = ""  # of the systems' names
+        if weights is not None:
+            digest = weights_digest(weights)
+            self.header["texts"] = f"sbert-{digest}"
+            self.suffix = f"/sbert-{digest[:8]}"
         key = short_digest(canonical_json(self.header))[:8]
         self.folder = root / "baselines" / str(corpus.card.digest) / f"{task.name}-{key}"
 
@@ -146,13 +174,15 @@ class _Study:
         learnt = [s for s in scorers if isinstance(s, ByVectors)]
         record = {
             **self.header,
-            "system": system,
-            "rows": rows_of(self.problem, outcome, system),
+            "system": system + self.suffix,
+            "rows": rows_of(self.problem, outcome, system + self.suffix),
             "validation_loss": float(np.mean([s.validation_loss for s in learnt]))
             if learnt
             else None,
         }
-        if system in HYBRID:
+        if self.context.weights is not None:
+            record["weights"] = self.context.weights.resolve().name
+        elif system in HYBRID:  # which is the paper's, whatever texts a comparison is given
             vectors = [s.users if s.before is None else s.before for s in learnt]
             self._write_vectors(system, np.stack([v.cpu().numpy() for v in vectors]))
             record["vectors"] = sha256(self._path(system, "npy"))
