@@ -35,7 +35,8 @@ import scipy.stats
 import torch
 from torchmetrics.retrieval import RetrievalHitRate, RetrievalMRR, RetrievalNormalizedDCG
 
-from scaling.transfer.metrics import METRICS, bootstrap, per_target, rank, rank_all, summarise
+from scaling.transfer.intervals import bootstrap
+from scaling.transfer.metrics import METRICS, per_target, rank, rank_all, summarise
 
 CANDIDATES = 101
 RANX = ["hit_rate@1", "hit_rate@10", "ndcg@10", "mrr"]

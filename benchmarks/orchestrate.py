@@ -313,7 +313,7 @@ def status(place: Path) -> Measured:
 
 
 def collect(place: Path) -> Measured:
-    from scaling.results import collect as tabulate
+    from scaling.collect import collect as tabulate
 
     rows = planned_rows(place / "root")
 

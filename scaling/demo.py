@@ -18,11 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from scaling import ClueError
+from scaling.collect import collect
 from scaling.config import Evaluation
 from scaling.data.corpus import Corpus
 from scaling.data.prepare import prepare
 from scaling.files import read_json, sha256, write_json
-from scaling.results import SCHEMAS, Tables, collect, load
+from scaling.results import SCHEMAS, Tables, load
 from scaling.rundir import RunDir
 from scaling.slurm.profile import ClusterProfile
 from scaling.slurm.sync import submit, sync

@@ -43,8 +43,8 @@ def test_the_probe_sees_torch() -> None:
 
 @pytest.mark.parametrize(
     "part",
-    ["config", "files", "flops", "packing", "rundir", "sweeps", "results", "analysis", "slurm",
-     "cli", "data", "transfer/gains"],
+    ["config", "files", "flops", "packing", "rundir", "sweeps", "results", "collect", "analysis",
+     "slurm", "cli", "data", "transfer/gains"],
 )  # fmt: skip
 def test_no_torch_in(part: str) -> None:
     modules = modules_of(part)

@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from scaling import collect as collecting
 from scaling import results
+from scaling.collect import collect
 from scaling.config import CorpusCard, PoolConfig
 from scaling.files import RecordError, write_json
-from scaling.results import SCHEMAS, ResultsError, Tables, collect, data_dictionary, load
+from scaling.results import SCHEMAS, ResultsError, Tables, data_dictionary, load
 from scaling.rundir import RunDir, append_line
 from scaling.sweeps import PLAN_COLUMNS, Grid, PlannedRun
 
@@ -66,7 +68,7 @@ def steps(run: RunDir, first: int, last: int, resumed_from: int, loss: float = 1
 
 
 def result(planned: PlannedRun, **changed: Any) -> dict[str, Any]:
-    record = dict.fromkeys(results.RESULT_COLUMNS)
+    record = dict.fromkeys(collecting.RESULT_COLUMNS)
     record |= {"status": "done", "step": STEPS, "loss": 1.5, "chance": math.log(8)}
     record |= {"pool_digest": "ponmlkjihgfedcba", "n_total": planned.row["n_total"]}
     return record | {"flops_exact": 2.0, "pf_days_exact": 3.0} | changed
@@ -227,7 +229,7 @@ def test_every_file_of_a_finished_run_is_opened_once(
 def test_long_training_curves_are_thinned_and_say_so(
     tmp_path: Path, runs: list[PlannedRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(results, "TRAIN_POINTS", 4)
+    monkeypatch.setattr(collecting, "TRAIN_POINTS", 4)
     steps(start(tmp_path / "work", runs[0]), 1, STEPS, 0)
     tables = take(tmp_path, runs[:1])
     train = tables.curves[tables.curves["kind"] == "train"]

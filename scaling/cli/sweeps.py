@@ -301,7 +301,7 @@ def collect(sweep: SweepFile, root: Root = WORK, results: Results = RESULTS) -> 
     Example:
         clue-scaling collect sweeps/demo.toml
     """
-    from scaling.results import collect as tabulate
+    from scaling.collect import collect as tabulate
 
     grid, _, planned = planned_runs(sweep, root)
     out = results / grid.name

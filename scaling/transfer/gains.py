@@ -23,7 +23,8 @@ from scaling import ClueError
 from scaling.data.corpus import Corpus, CorpusError
 from scaling.data.domains import VARIANTS, similarity
 from scaling.files import RecordError
-from scaling.transfer.metrics import LOSSES, METRICS, Floats, Ints, Ranks, per_target, resampled
+from scaling.transfer.intervals import resampled
+from scaling.transfer.metrics import LOSSES, METRICS, Floats, Ints, Ranks, per_target
 
 Row = dict[str, Any]
 MEASURES = (*METRICS, *LOSSES)
@@ -225,7 +226,7 @@ def differences(mine: Targets, other: Targets) -> Row:
     what is divided by is 0.
 
     Draws are of the same users on both sides, so that a gain's percentiles are those of
-    ``metrics.paired``, and a relative gain's allow for the error of what it is divided by.
+    ``intervals.paired``, and a relative gain's allow for the error of what it is divided by.
     """
     row: Row = {}
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,4 +1,4 @@
-"""Ranking metrics, exact under ties, with intervals over users and a check of printed tables.
+"""Ranking metrics, exact under ties.
 
 A positive that ties with others has no rank but a range of ranks: ``first`` if every tie is broken
 in its favour, ``last`` if none is. Every metric here is the expected value under random
@@ -13,13 +13,11 @@ unless it is named with one. Lists with several positives are ``per_list``'s.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linprog
 
 from scaling import ClueError
 
@@ -27,9 +25,6 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Scores = NDArray[np.float32] | Floats | Ints
-Values = NDArray[np.floating[Any]] | tuple[NDArray[np.floating[Any]], Ints]
-"""Of a metric: [users], [users, targets], or sums over each user's targets and how many these are,
-both [users]."""
 
 METRICS = ("hr_1", "hr_10", "ndcg_10", "mrr")
 """Those of every table."""
@@ -38,7 +33,7 @@ LOSSES = ("loss", "loss_softmax")
 AT_ONCE = 1 << 20
 """Scores compared at once in a full ranking: about a core's cache."""
 
-_NAME = re.compile(r"((?:hr|recall|ndcg)(?=_)|mrr)(?:_([1-9][0-9]*))?")
+NAME = re.compile(r"((?:hr|recall|ndcg)(?=_)|mrr)(?:_([1-9][0-9]*))?")
 """Kind and cut-off; only MRR goes without one."""
 
 
@@ -181,14 +176,14 @@ def gains(name: str, ranks: Ints) -> Floats:
     Raises:
         MetricError: no metric has this name.
     """
-    kind, k = _parsed(name)
+    kind, k = parsed(name)
     worth = {"ndcg": 1 / np.log2(1.0 + ranks), "mrr": 1.0 / ranks}.get(kind, np.ones(ranks.shape))
     return worth if k is None else np.where(ranks <= k, worth, 0.0)
 
 
-def _parsed(name: str) -> tuple[str, int | None]:
+def parsed(name: str) -> tuple[str, int | None]:
     """Kind and cut-off of a metric."""
-    if not (match := _NAME.fullmatch(name)):
+    if not (match := NAME.fullmatch(name)):
         raise MetricError(
             f"no metric {name!r}; valid: hr_K, recall_K, ndcg_K, mrr and mrr_K with K = 1, 2, ..., "
             f"such as {', '.join(METRICS)}"
@@ -230,7 +225,7 @@ def per_list(name: str, ranks: Ranks, present: Bools | None = None) -> Floats:
         MetricError: no metric has this name, a list has no positive, or more of them share a range
             of ranks than it has places (they were ranked without each other).
     """
-    kind = _parsed(name)[0]
+    kind = parsed(name)[0]
     present = np.ones(ranks.first.shape, bool) if present is None else present
     positives = np.count_nonzero(present, axis=1)
     if not positives.all():
@@ -287,185 +282,3 @@ def summarise(ranks: Ranks, metrics: Sequence[str] = METRICS) -> dict[str, float
         float((per_target(name, best) - per_target(name, worst)).mean()) for name in metrics
     )
     return row
-
-
-# --- intervals ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean with its interval by bootstrap over users."""
-
-    mean: float
-    low: float
-    high: float
-    se: float
-    """Standard deviation of the resampled means."""
-
-
-def bootstrap(values: Values, n_boot: int = 1000, seed: int = 0, level: float = 0.95) -> Interval:
-    """Mean over all targets, with users resampled: a user's targets go together.
-
-    The percentile interval (Efron and Tibshirani 1993, Chapter 13). Memory is a few numbers a
-    user, whatever ``n_boot``; 100,000 users and 1,000 draws take one or two seconds.
-
-    Args:
-        level: of the interval, between percentiles of the resampled means.
-
-    Raises:
-        MetricError: there are no users, or one without targets, or a value is not finite, or
-            ``level`` is not between 0 and 1, or there are fewer than two draws.
-    """
-    sums, counts = _by_user(values)
-    if not 0 < level < 1 or n_boot < 2:
-        raise MetricError(f"level = {level}, n_boot = {n_boot}; valid: 0 < level < 1, n_boot >= 2")
-    means = resampled(sums[None], counts, n_boot, seed)[0]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    mean = sums.sum() / counts.sum()
-    return Interval(float(mean), float(low), float(high), float(means.std(ddof=1)))
-
-
-def resampled(sums: Floats, counts: Ints, n_boot: int = 1000, seed: int = 0) -> Floats:
-    """Means over all targets of several metrics, with users resampled. [metrics, n_boot]
-
-    The users of a draw depend on their number and on the seed alone: draws of two systems on the
-    same users belong together, and their differences are those of ``paired``.
-
-    Args:
-        sums: over each user's targets. [metrics, users]
-        counts: targets of each user. [users]
-    """
-    draws = np.random.default_rng(seed)
-    n, means = len(counts), np.empty((len(sums), n_boot))
-    for draw in range(n_boot):
-        chosen = draws.integers(0, n, n)
-        means[:, draw] = [metric.take(chosen).sum() for metric in sums]
-        means[:, draw] /= counts.take(chosen).sum()
-    return means
-
-
-def paired(
-    a: Values, b: Values, n_boot: int = 1000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Mean of ``a`` less that of ``b``, two systems on the same targets of the same users.
-
-    What makes a user easy for both cancels, so the interval is narrower than those of the two.
-
-    Raises:
-        MetricError: as ``bootstrap``, or users or their numbers of targets differ.
-    """
-    (sums, counts), (others, expected) = _by_user(a), _by_user(b)
-    if not np.array_equal(counts, expected):
-        raise MetricError(
-            f"{len(counts):,} users with {int(counts.sum()):,} targets beside {len(expected):,} "
-            f"with {int(expected.sum()):,}; pair the same targets of the same users"
-        )
-    return bootstrap((sums - others, counts), n_boot, seed, level)
-
-
-def _by_user(values: Values) -> tuple[Floats, Ints]:
-    """Sum over each user's targets, and their number. [users]"""
-    if isinstance(values, tuple):
-        sums, counts = np.asarray(values[0], np.float64), np.asarray(values[1], np.int64)
-    else:
-        table = np.asarray(values, np.float64)
-        table = table[:, None] if table.ndim == 1 else table
-        sums, counts = table.sum(axis=1), np.full(len(table), table.shape[1])
-    if not len(sums) or sums.shape != counts.shape or counts.min() < 1:
-        raise MetricError(
-            f"values of shape {sums.shape} with {counts.shape} numbers of targets, the least "
-            f"{counts.min(initial=0)}; valid: one user or more, each with a target"
-        )
-    if not np.isfinite(sums).all():
-        raise MetricError(f"values: those of user {np.argmin(np.isfinite(sums))} are not finite")
-    return sums, counts
-
-
-# --- possible tables ------------------------------------------------------------------------------
-
-
-def lint_table(
-    rows: Iterable[Mapping[str, Any]], *, candidates: int = 101, tolerance: float = 5e-5
-) -> dict[int, list[str]]:
-    """Rows of a table that no ranking has: the messages of ``lint_metrics`` by position of the row.
-
-    Args:
-        rows: columns named as metrics are checked together, unless they are None or NaN; a column
-            ``candidates`` holds for its row. Other columns may be anything.
-        candidates: of rows that do not say it.
-        tolerance: half a unit of the last printed digit.
-
-    Raises:
-        MetricError: a mean is infinite.
-    """
-    found = {}
-    for at, row in enumerate(rows):
-        means = {k: v for k, v in row.items() if _NAME.fullmatch(k) and v is not None and v == v}
-        among = int(row.get("candidates") or candidates)
-        if problems := lint_metrics(means, candidates=among, tolerance=tolerance):
-            found[at] = problems
-    return found
-
-
-def lint_metrics(
-    row: Mapping[str, float], *, candidates: int = 101, tolerance: float = 5e-5
-) -> list[str]:
-    """Arithmetic impossibilities in reported means of one positive among ``candidates``.
-
-    Means of rank metrics are linear in the distribution of ranks, so a row is possible if and only
-    if a linear programme over that distribution is feasible. This contains
-    HR@1 <= NDCG@10 <= HR@10 and every other such inequality. Means over lists with several
-    positives are not bound by it.
-
-    Args:
-        row: reported means by metric.
-        tolerance: half a unit of the last printed digit.
-
-    Returns:
-        One message for each metric, with the range the others leave it; empty if possible.
-
-    Raises:
-        MetricError: no metric has such a name, or a mean is NaN or infinite.
-    """
-    for name, value in row.items():
-        if not np.isfinite(value):
-            raise MetricError(f"{name} is {value}; a mean is finite, or left out of its row")
-    # Beyond the last cut-off only MRR tells ranks apart, and its ends there span all between.
-    told_apart = max((_parsed(name)[1] or 0 for name in row), default=0) + 1
-    ranks = np.union1d(np.arange(1, min(told_apart, candidates) + 1), [candidates])
-    if _least(np.zeros(len(ranks)), row, ranks, tolerance) is not None:
-        return []
-    problems = []
-    for name, value in row.items():
-        others = {k: v for k, v in row.items() if k != name}
-        given = ", ".join(f"{k} = {v:g}" for k, v in others.items())
-        low = _least(gains(name, ranks), others, ranks, tolerance)
-        high = _least(-gains(name, ranks), others, ranks, tolerance)
-        if low is None or high is None:
-            problems.append(f"{given} are impossible together")
-        else:
-            problems.append(
-                f"{name} = {value:g} is outside [{low:.4f}, {-high:.4f}]"
-                + (f" given {given}" if given else "")
-            )
-    return problems
-
-
-def _least(
-    worth: Floats, means: Mapping[str, float], ranks: Ints, tolerance: float
-) -> float | None:
-    """Least mean worth over distributions of ranks with these means; None if none has them."""
-    rows = np.array([gains(name, ranks) for name in means]).reshape(-1, len(ranks))
-    values = np.fromiter(means.values(), np.float64)
-    solution = linprog(
-        worth,
-        A_ub=np.concatenate([rows, -rows]),
-        b_ub=np.concatenate([values + tolerance, tolerance - values]),
-        A_eq=np.ones((1, len(ranks))),
-        b_eq=np.ones(1),
-        bounds=(0, 1),
-        method="highs",
-    )
-    if solution.status not in (0, 2):  # neither solved nor impossible
-        raise MetricError(f"the check of {dict(means)} did not end: {solution.message}")
-    return None if solution.fun is None else float(solution.fun)

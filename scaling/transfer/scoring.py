@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from scaling.data.task_forms import SEGMENTS
 from scaling.files import write_bytes
+from scaling.transfer.intervals import bootstrap
+from scaling.transfer.lint import lint_table
 from scaling.transfer.metrics import (
     LOSSES,
     METRICS,
     Ranks,
-    bootstrap,
-    lint_table,
     per_target,
     rank,
     rank_all,

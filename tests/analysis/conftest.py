@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from scaling.collect import collect
 from scaling.config import CorpusCard, PoolConfig
 from scaling.files import write_json
-from scaling.results import Tables, collect
+from scaling.results import Tables
 from scaling.rundir import RunDir, append_line
 from scaling.sweeps import Grid, PlannedRun
 

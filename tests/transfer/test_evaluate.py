@@ -12,6 +12,7 @@ import pytest
 import torch
 from planted import configure
 
+from scaling.collect import collect
 from scaling.config import Evaluation, ModelConfig, TrainSettings, TransferSettings
 from scaling.data import tokenizer
 from scaling.data.corpus import Corpus, CorpusError
@@ -19,7 +20,7 @@ from scaling.data.prepare import prepare
 from scaling.data.tasks import Task
 from scaling.files import RecordError
 from scaling.models import build
-from scaling.results import collect, load
+from scaling.results import load
 from scaling.rundir import RunDir
 from scaling.sweeps import PLAN_COLUMNS
 from scaling.train.export import exported, load_encoder

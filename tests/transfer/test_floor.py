@@ -11,7 +11,8 @@ from scaling.data.prepare import prepare
 from scaling.data.tasks import Task
 from scaling.transfer.baselines import Context
 from scaling.transfer.baselines.evaluate import SYSTEMS
-from scaling.transfer.metrics import METRICS, bootstrap, per_target, rank, summarise
+from scaling.transfer.intervals import bootstrap
+from scaling.transfer.metrics import METRICS, per_target, rank, summarise
 from scaling.transfer.problem import pose
 from tests.data import test_leave_one_out as s3rec
 

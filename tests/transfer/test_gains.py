@@ -18,7 +18,7 @@ from scaling.data.domains import VARIANTS
 from scaling.data.domains import compare as compare_domains
 from scaling.files import RecordError
 from scaling.transfer.gains import MEASURES, Evaluated, Gains, compare, read_targets
-from scaling.transfer.metrics import paired
+from scaling.transfer.intervals import paired
 
 DIGEST, SEEDS, TARGETS = "abcdefghijklmnop", 2, 3
 

@@ -16,16 +16,14 @@ from hypothesis.extra import numpy as hnp
 from scipy.stats import binomtest
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score
 
-from scaling.transfer import metrics
+from scaling.transfer import lint
+from scaling.transfer.intervals import bootstrap, paired
+from scaling.transfer.lint import lint_metrics, lint_table
 from scaling.transfer.metrics import (
     METRICS,
     MetricError,
     Ranks,
-    bootstrap,
     gains,
-    lint_metrics,
-    lint_table,
-    paired,
     per_list,
     per_target,
     rank,
@@ -295,7 +293,9 @@ def test_a_target_among_all_items_is_ranked_as_a_list_of_its_own(catalogue, at_o
     for user, items in enumerate(had):
         mask[user, items] = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "AT_ONCE", at_once)  # blocks of one user and of several
+        patch.setattr(
+            "scaling.transfer.metrics.AT_ONCE", at_once
+        )  # blocks of one user and of several
         found = [rank_all(scores, targets, left) for left in (None, mask, ragged)]
     for ranks, left in zip(found, ([[]] * len(had), had, had), strict=True):
         for user, t in np.ndindex(targets.shape):
@@ -724,8 +724,8 @@ def test_lint_refuses_what_is_no_mean_and_a_program_that_failed(monkeypatch) -> 
     with pytest.raises(MetricError, match="hr_1 is inf"):
         lint_table([{"hr_1": math.inf}])
     # A solver that gives up says nothing of the row: it is not to be called impossible.
-    solve = metrics.linprog
-    monkeypatch.setattr(metrics, "linprog", lambda *a, **k: solve(*a, **k, options={"maxiter": 0}))
+    solve = lint.linprog
+    monkeypatch.setattr(lint, "linprog", lambda *a, **k: solve(*a, **k, options={"maxiter": 0}))
     with pytest.raises(MetricError, match=r"\{'hr_1': 0.3, 'ndcg_10': 0.4\} did not end"):
         lint_metrics({"hr_1": 0.3, "ndcg_10": 0.4})
 
