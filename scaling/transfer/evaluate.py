@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scaling import ClueError
 from scaling.config import Evaluation
 from scaling.data.corpus import Corpus
 from scaling.data.tasks import Task
@@ -72,7 +73,8 @@ def evaluate(
 
     Raises:
         TransferError: the corpus is not the run's, or a task is not fit to be evaluated so: then
-            nothing is computed. Or the encoder's features are not finite (a diverged run).
+            nothing is computed. Or the encoder's features are not finite (a diverged run). An
+            evaluation that fails does not keep those behind it from being recorded.
         RecordError: the run has not exported that step, or a record is torn.
         CorpusError: there is no such corpus or task.
         ReductionError: the features are no wider than an evaluation's ``feature_dim``.
@@ -89,6 +91,7 @@ def evaluate(
             opened[_posed(e)] = _open(run.root, corpus, e)
     encoder = _Encoder(run, corpus, config.steps if step is None else step)
     rows: list[Row] = []
+    failed: list[ClueError] = []
     for done, evaluation in enumerate(wanted):
 
         def tell(share: float, done: int = done, name: str = evaluation.key) -> None:
@@ -102,9 +105,14 @@ def evaluate(
             found = encoder.rows(evaluation, *opened[_posed(evaluation)], tell)
         except _Stopped:
             break
+        except ClueError as e:  # of this one: those behind it may be sound
+            failed.append(e)
+            continue
         shared = evaluation.model_dump(include={"head", "history", "folds", "seeds", "task_digest"})
         identity = {"run_key": run.run_key, "step": encoder.step}
         rows += [{**identity, **shared, **row} for row in found]
+    if failed:
+        raise failed[0]
     return rows
 
 

@@ -136,8 +136,12 @@ def test_features_are_reduced_by_layers_learnt_of_the_frozen_encoder(corpus: Cor
     assert narrow["loss"] == pytest.approx(expected["loss"], rel=1e-6)
     assert narrow["mrr"] == pytest.approx(expected["mrr"])
 
+    # One that fails does not keep those behind it.
+    wrong, right = (wanted(corpus, t, feature_dim=2)[0] for t in ("beauty", "books"))
     with pytest.raises(TransferError, match="no layer for beauty"):
-        evaluate(run, corpus, wanted(corpus, "beauty", feature_dim=3))
+        evaluate(run, corpus, [wrong, right])
+    assert [p.stem for p in (run.path / "transfer").glob("*.json")].count(right.key) == 1
+    assert not (run.path / "transfer" / f"{wrong.key}.json").exists()
     with pytest.raises(ReductionError, match="multiples of 2 up to 16"):
         evaluate(run, corpus, wanted(corpus, "books", feature_dim=9))
 
