@@ -33,6 +33,14 @@ MATCHED = ("task_digest", "folds", "seeds")
 target service's histories, whichever an encoder was given."""
 ENDS = (0.025, 0.975)
 """Of the intervals."""
+READ = pa.schema(
+    {
+        "user": pa.uint64(),
+        **dict.fromkeys(("target", "seed", "first", "last"), pa.int64()),
+        **dict.fromkeys(LOSSES, pa.float64()),
+    }
+)
+"""What of every target is read."""
 TOLERANCE = 1e-9
 """Between a record's mean and that of the targets beside it: the rounding of another order."""
 
@@ -194,10 +202,10 @@ def read_targets(path: Path) -> Targets:
     Raises:
         RecordError: it is missing, torn, or not such a table.
     """
-    names = ["user", "target", "seed", "first", "last", *LOSSES]
+    names = READ.names
     try:
-        table = pq.read_table(path, columns=names)
-        user, place, seed, first, last, *losses = (table[n].to_numpy() for n in names)
+        table = pq.read_table(path, columns=names).select(names).cast(READ)
+        user, place, seed, first, last, *losses = (column.to_numpy() for column in table.columns)
     except FileNotFoundError:
         raise RecordError(f"{path}: no such file") from None
     except (pa.ArrowException, OSError, KeyError) as e:
@@ -215,10 +223,10 @@ def read_targets(path: Path) -> Targets:
         raise RecordError(f"{path}: a target was not ranked once by every seed")
     if twice.any() or not (first.min() >= 1 and (first <= last).all()):
         raise RecordError(f"{path}: a target is there twice, or has no rank")
-    ranks = Ranks(first.astype(np.int64), last.astype(np.int64))
+    ranks = Ranks(first, last)
     values = [per_target(name, ranks).mean(axis=1) for name in METRICS]
-    values += [loss[order].astype(np.float64).reshape(n, -1).mean(axis=1) for loss in losses]
-    return Targets(path, user[:, 0], place[:, 0].astype(np.int64), np.stack(values))
+    values += [loss[order].reshape(n, -1).mean(axis=1) for loss in losses]
+    return Targets(path, user[:, 0], place[:, 0], np.stack(values))
 
 
 def differences(mine: Targets, other: Targets) -> Row:

@@ -254,6 +254,10 @@ def test_files_that_are_not_what_their_record_tells_are_refused(
     ("spoil", "message"),
     [
         (lambda t: t.drop_columns("last"), "not a readable table of targets"),
+        (
+            lambda t: t.set_column(4, "first", pa.array(["far"] * len(t))),
+            "not a readable table of targets",
+        ),
         (lambda t: t.slice(0, 0), "0 rows of 0 seeds"),
         (lambda t: t.slice(1), "rows of 2 seeds"),
         (lambda t: pa.concat_tables([t, t]), "not ranked once by every seed"),

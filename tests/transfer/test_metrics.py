@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score
 
 from scaling.transfer import lint
-from scaling.transfer.intervals import bootstrap, paired
+from scaling.transfer.intervals import bootstrap, paired, resampled
 from scaling.transfer.lint import lint_metrics, lint_table
 from scaling.transfer.metrics import (
     METRICS,
@@ -519,6 +519,17 @@ def test_pairs_are_told_apart_where_two_intervals_overlap() -> None:
     counts = np.arange(500) % 3 + 1
     ragged = paired((a[:, 0], counts), (b[:, 0], counts))
     assert ragged == bootstrap((a[:, 0] - b[:, 0], counts))
+
+
+def test_draws_of_one_seed_are_of_the_same_users() -> None:
+    rng = np.random.default_rng(0)
+    a, b, counts = rng.random(200), rng.random(200), rng.integers(1, 5, 200)
+    draws = resampled(np.stack([a, b]), counts, n_boot=500)
+    assert draws.shape == (2, 500)
+    np.testing.assert_array_equal(draws[1], resampled(b[None], counts, n_boot=500)[0])
+    found = paired((a, counts), (b, counts), n_boot=500)
+    ends = np.quantile(draws[0] - draws[1], [0.025, 0.975])
+    assert (found.low, found.high) == pytest.approx(tuple(ends), abs=1e-12)
 
 
 def test_intervals_refuse_values_that_have_none() -> None:
