@@ -181,7 +181,7 @@ def gain_vs_similarity(
         x = points["tau_b"] + (np.linspace(-SPREAD, SPREAD, len(points)) if len(points) > 1 else 0)
         ax.scatter(
             x, points["gain"], color=color, s=22, alpha=0.9, linewidths=0,
-            marker=MARKERS[i % len(MARKERS)],
+            marker=MARKERS[(i + i // 7) % len(MARKERS)],
             label=f"{task}, {len(points)} runs\nover {found.baseline}",
         )  # fmt: skip
         ax.vlines(x, points["low"], points["high"], color=color, linewidth=0.8, alpha=0.6)

@@ -47,6 +47,24 @@ def test_the_notebook_of_the_optimiser_gives_the_numbers_of_its_page(
         assert f"{value} ({lower} to {upper})" in page
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "figure", "images"),
+    [("03_transfer", "transfer_vs_loss.png", 1), ("04_services_and_domains", "services.png", 2)],
+)
+def test_notebooks_on_transfer_give_what_the_log_says(
+    name: str, figure: str, images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLUE_FIGURES", str(tmp_path))
+    drawn, printed = execute(ANALYSIS / f"{name}.ipynb")
+    assert len(drawn) == images
+    assert (tmp_path / figure).stat().st_size > 0
+    log = " ".join((ANALYSIS.parent / "docs" / "log.md").read_text(encoding="utf-8").split())
+    rows = re.findall(r"([+-]?\d\.\d+) \(([+-]?\d\.\d+) to ([+-]?\d\.\d+)\)", printed)
+    assert len(rows) >= 10
+    assert [r for r in rows if "{} ({} to {})".format(*r) not in log] == []
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
 def test_notebooks_ask_one_question_and_define_nothing(path: Path) -> None:
     cells = nbformat.read(path, as_version=4).cells
