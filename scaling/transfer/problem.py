@@ -73,7 +73,8 @@ class Problem:
     part: NDArray[np.uint8]
     """0 train, 1 validation, 2 test, of a task that has one fold. [examples]"""
     pretraining: Logs | None
-    """Logs of the service by the users of pretraining; None if pretraining lacks it."""
+    """Logs of the service by the users of pretraining; None if pretraining lacks it, or may have
+    the targets (a task for encoders of other corpora)."""
     segment: NDArray[np.uint8] | None
     """Place of each user in ``task_forms.SEGMENTS``. [users]"""
 
@@ -197,7 +198,7 @@ def pose(corpus: Corpus, task: Task) -> Problem:
         users = np.concatenate([trained, users, users])
         targets = np.concatenate([last, targets[:, 0], targets[:, 1]])[:, None]
     pretraining = None
-    if task.service in corpus.card.services:
+    if task.service in corpus.card.services and not task.foreign:
         bounds, log = corpus.users(task.service)
         bounds = bounds[: corpus.card.n_users + 1].astype(np.int64)
         pretraining = bounds, row_of[log[: bounds[-1]]]

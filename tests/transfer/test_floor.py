@@ -1,5 +1,8 @@
 """Popularity on Food x Kitchen against an independent count from the raw files."""
 
+import gzip
+import itertools
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from scaling.data.tasks import Task
 from scaling.transfer.baselines import Context
 from scaling.transfer.baselines.evaluate import SYSTEMS
 from scaling.transfer.intervals import bootstrap
-from scaling.transfer.metrics import METRICS, per_target, rank, summarise
+from scaling.transfer.metrics import METRICS, per_target, rank, rank_all, summarise
 from scaling.transfer.problem import pose
 from tests.data import test_leave_one_out as s3rec
 
@@ -150,3 +153,44 @@ def test_popularity_on_beauty_is_below_the_published_row_which_counted_the_test_
         assert abs(own.mean - s3rec.COUNTED["train"][i]) < 3 * own.se, metric
         assert abs(leaked.mean - s3rec.PUBLISHED[i]) < 3 * leaked.se, metric
         assert own.mean < s3rec.PUBLISHED[i] - 10 * own.se, metric
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_nothing_counts_the_targets_of_a_task_for_other_encoders(
+    clue_test_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All users of Scientific, pretraining's among them, by a plain count over the raw files: pairs
+    of items that a user has before the two targets."""
+    monkeypatch.setenv("CLUE_DATA", str(clue_test_data))
+    file = CORPUS_FILE.with_name("scientific.toml")
+    corpus = Corpus.open(prepare(file, tmp_path))
+    problem = pose(corpus, Task.open(corpus, "lmrec"))
+    assert problem.pretraining is None
+    split = problem.split(0, 5)
+    scorer = SYSTEMS["cooccurrence"](Context(corpus, problem), split, 0)
+    found = rank_all(scorer.every(split.test), problem.targets[split.test])
+
+    raw = clue_test_data / "amazon18_scientific_unisrec"
+    with gzip.open(raw / "Scientific.train.inter.gz", "rt") as f:
+        rows = [line.rstrip("\n").split("\t") for line in list(f)[1:]]
+    known: dict[str, list[str]] = {}
+    for user, history, target in rows:  # a user's longest log comes first
+        known.setdefault(user, [*history.split(), target])
+    both: dict[str, Counter[str]] = defaultdict(Counter)
+    for log in known.values():
+        for a, b in itertools.permutations(set(log), 2):
+            both[a][b] += 1
+    hits = []
+    with gzip.open(raw / "Scientific.test.inter.gz", "rt") as f:
+        for line in list(f)[1:]:
+            _, history, target = line.rstrip("\n").split("\t")
+            scores: Counter[str] = Counter()
+            for item in history.split():
+                scores.update(both[item])
+            above = sum(v > scores[target] for v in scores.values())
+            tied = sum(v == scores[target] for i, v in scores.items() if i != target)
+            tied += (problem.candidates.max() + 1 - len(scores)) * (scores[target] == 0)
+            hits.append(min(1, max(0, 10 - above) / (1 + tied)))
+    assert len(hits) == len(split.test)
+    assert summarise(found)["hr_10"] == pytest.approx(np.mean(hits), abs=0.005)

@@ -71,6 +71,7 @@ def pretraining(context: Context, split: Split, seed: int) -> ByCounts:
     problem = context.problem
     if problem.pretraining is None:
         raise TransferError(
-            f"task {problem.name!r}: popularity/pretraining needs a service of pretraining"
+            f"task {problem.name!r}: popularity/pretraining needs a service of pretraining, "
+            "and a task whose users are not among its users"
         )
     return ByCounts(count_items(len(problem.catalogue), problem.pretraining[1]))
