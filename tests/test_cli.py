@@ -246,7 +246,7 @@ def test_a_full_disk_needs_no_traceback(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("scaling.results.collect", fail)
+    monkeypatch.setattr("scaling.collect.collect", fail)
     assert refused("collect", study / "study.toml", "--root", study) == f"error: {said}\n"
 
 
@@ -254,7 +254,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, study: Path)
     def fail(*_: Any, **__: Any) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr("scaling.results.collect", fail)
+    monkeypatch.setattr("scaling.collect.collect", fail)
     result = call("collect", study / "study.toml", "--root", study)
     assert isinstance(result.exception, KeyError)
 
@@ -299,7 +299,7 @@ def test_ctrl_c_is_status_130(monkeypatch: pytest.MonkeyPatch, study: Path) -> N
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("scaling.results.collect", interrupted)
+    monkeypatch.setattr("scaling.collect.collect", interrupted)
     result = call("collect", study / "study.toml", "--root", study)
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
 
