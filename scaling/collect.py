@@ -276,7 +276,8 @@ def _transfer_rows(
             if row["segment"] == "all":
                 columns = shared | {"task": row["task"], "system": row["system"]}
                 corpora = str(config.data.corpus_digest), str(evaluation.get("corpus_digest"))
-                compared.append(Evaluated(path, columns, row, corpora))
+                services = config.data.services
+                compared.append(Evaluated(path, columns, row, corpora, services))
     return rows, compared, stale
 
 

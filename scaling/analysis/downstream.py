@@ -35,7 +35,7 @@ def downstream_points(
         metric: a column of the transfer table.
         system: downstream system; None: of the encoder that most runs of the task have.
     """
-    known = runs.loc[runs["loss"].notna(), ["run_key", "loss"]]
+    known = runs.loc[runs["loss"].notna(), ["run_key", "loss", "pool_digest"]]
     everybody = transfer[transfer[metric].notna() & (transfer["segment"] == "all")]
     rows = everybody.merge(
         known.rename(columns={"loss": "pretraining"}), on="run_key", suffixes=("", "_run")
@@ -49,6 +49,11 @@ def downstream_points(
         if chosen is None or own.empty:
             continue
         failed = differences(own)
+        if failed is None and own["pool_digest"].nunique() > 1:
+            pools = own["pool_digest"].nunique()
+            failed = (
+                f"losses over {pools} pools do not compare: of other users, or of other services"
+            )
         columns = {metric: "downstream", f"{metric}_low": "low", f"{metric}_high": "high"}
         points = own[["run_key", "pretraining", *columns]].rename(columns=columns)
         tasks[str(task)] = TaskPoints(

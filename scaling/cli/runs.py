@@ -124,8 +124,9 @@ def transfer(
     feature_dim: Annotated[
         int | None,
         typer.Option(
+            min=1,
             help="Reduce a user's features of a service to so many dimensions, by a layer learnt "
-            "of the frozen encoder; default: as they are."
+            "of the frozen encoder; default: as they are.",
         ),
     ] = None,
     step: Annotated[

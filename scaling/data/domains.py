@@ -100,12 +100,15 @@ def domains(corpus: Corpus, name: str, reference: Corpus) -> list[Domain]:
     return [Domain(name, total, np.sum(tokens[:services], axis=0)), *parts]
 
 
-def similarity(corpus: Corpus, owner: Corpus, task: str) -> dict[str, float | None]:
-    """Tau-b between a corpus's pretraining, all its services together, and one task.
+def similarity(
+    corpus: Corpus, owner: Corpus, task: str, services: Sequence[str] | None = None
+) -> dict[str, float | None]:
+    """Tau-b between a corpus's pretraining, its services together, and one task.
 
     Args:
         corpus: its tokenizer is used for both.
         owner: corpus of the task: ``corpus`` itself, or another.
+        services: those that are pretrained on; None: all of ``corpus``.
 
     Returns:
         By variant; None where it is not defined.
@@ -113,8 +116,8 @@ def similarity(corpus: Corpus, owner: Corpus, task: str) -> dict[str, float | No
     Raises:
         CorpusError: there is no such task, or it leaks.
     """
-    services = [item_counts(corpus, s) for s in corpus.card.services]
-    (pretraining,) = _in_tokens_of(corpus, corpus, [np.sum(services, axis=0)])
+    counts = [item_counts(corpus, s) for s in services or corpus.card.services]
+    (pretraining,) = _in_tokens_of(corpus, corpus, [np.sum(counts, axis=0)])
     (of_task,) = _in_tokens_of(corpus, owner, [_task_counts(owner, task)])
     return {v: tau_b(pretraining, of_task, v)["tau_b"] for v in VARIANTS}
 

@@ -29,7 +29,7 @@ from scaling.transfer.problem import (
     pose,
     replicas,
 )
-from scaling.transfer.reduce import Reduction, learn
+from scaling.transfer.reduce import Reduction, learn, pretrained_services
 from scaling.transfer.scoring import (
     ByVectors,
     Outcome,
@@ -189,7 +189,7 @@ class _Encoder:
         """Layers that reduce features, by service; learnt once and kept with the run."""
         folder = self.run.path / "reductions" / f"step-{self.step:09d}-f{feature_dim}"
         if not folder.exists():
-            dims = feature_dim * len(self.corpus.card.services)
+            dims = feature_dim * len(pretrained_services(self.config, self.corpus))
             learn(self.run, self.corpus, dims, folder, step=self.step)
         return Reduction.read(folder).matrices
 

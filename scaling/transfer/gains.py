@@ -57,6 +57,8 @@ class Evaluated:
     """Its row of all users, to check the targets against."""
     corpora: tuple[str, str] = ("", "")
     """Digests of the corpus its encoder was trained on, and of the task's."""
+    services: tuple[str, ...] | None = None
+    """Services its encoder was trained on; None: all of that corpus."""
 
     @property
     def matched(self) -> tuple[Any, ...]:
@@ -108,7 +110,7 @@ def compare(root: Path, runs: Iterable[Evaluated], systems: Sequence[Evaluated])
     """
     found = Gains()
     kept: dict[Path, Targets | None] = {}
-    taus: dict[tuple[str, ...], Row] = {}
+    taus: dict[Any, Row] = {}
 
     def refuse(one: Evaluated, error: str) -> None:
         record = str(one.record.relative_to(root))
@@ -127,7 +129,7 @@ def compare(root: Path, runs: Iterable[Evaluated], systems: Sequence[Evaluated])
         mine = read(run) if beside else None
         if mine is None:
             continue
-        key = (*run.corpora, run.columns["task"], run.columns["task_digest"])
+        key = *run.corpora, run.columns["task"], run.columns["task_digest"], run.services
         if key not in taus:
             taus[key], error = _tau(root, *key)
             if error:
@@ -145,14 +147,22 @@ def compare(root: Path, runs: Iterable[Evaluated], systems: Sequence[Evaluated])
     return found
 
 
-def _tau(root: Path, trained_on: str, owner: str, task: str, digest: str) -> tuple[Row, str | None]:
+def _tau(
+    root: Path,
+    trained_on: str,
+    owner: str,
+    task: str,
+    digest: str,
+    services: tuple[str, ...] | None,
+) -> tuple[Row, str | None]:
     """Columns of tau, and why they are null if they are."""
     try:
         corpus = Corpus.find(root, trained_on)
         other = corpus if owner == trained_on else Corpus.find(root, owner)
         if other.manifest["tasks"].get(task) != digest:
             raise CorpusError(f"{other.path}: task {task!r} is not the one that was evaluated")
-        return {f"tau_b_{v}": tau for v, tau in similarity(corpus, other, task).items()}, None
+        taus = similarity(corpus, other, task, services)
+        return {f"tau_b_{v}": tau for v, tau in taus.items()}, None
     except ClueError as e:
         return dict.fromkeys((f"tau_b_{v}" for v in VARIANTS), None), str(e)
 

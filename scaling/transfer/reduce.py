@@ -32,6 +32,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from scaling import ClueError
+from scaling.config import RunConfig
 from scaling.data.corpus import Corpus
 from scaling.files import read_json, sha256, staging, write_json
 from scaling.models.clue import INITIAL_SCALE, MAX_SCALE
@@ -142,7 +143,7 @@ def learn(
         RecordError: there is no such export.
     """
     config = run.spec()
-    services = sorted(corpus.card.services)
+    services = sorted(pretrained_services(config, corpus))
     width(dim, len(services), config.model.feature_width)
     if folder.exists():
         raise ReductionError(f"{folder}: is there already; choose another folder")
@@ -177,6 +178,12 @@ def learn(
     save(folder, fitted, about)
     record: dict[str, Any] = read_json(folder / "reduction.json")
     return record
+
+
+def pretrained_services(config: RunConfig, corpus: Corpus) -> tuple[str, ...]:
+    """Services that a reduction is learnt of: those of the run on its own corpus, else all."""
+    own = corpus.card.digest == config.data.corpus_digest
+    return (config.data.services if own else None) or corpus.card.services
 
 
 def width(dim: int, services: int, d: int) -> int:

@@ -61,6 +61,15 @@ def test_runs_evaluated_differently_are_not_mixed(
     assert labels[1].get_text().startswith("food, 24 runs")
 
 
+def test_losses_over_other_pools_are_not_mixed(tables: Tables) -> None:
+    runs = tables.runs.copy()
+    runs.loc[0, "pool_digest"] = "another"
+    found = downstream_points(tables.transfer, runs)["books"]
+    assert found.failed is not None
+    assert found.failed.startswith("losses over 2 pools do not compare")
+    assert found.points.empty
+
+
 def test_segments_of_the_users_are_no_points(tables: Tables) -> None:
     cold = tables.transfer.assign(segment="cold", loss=9.0)
     both = pd.concat([tables.transfer, cold], ignore_index=True)

@@ -332,11 +332,14 @@ def test_domains_of_corpora_with_other_tokenizers(tiny_corpus, small_blocks):
         check_compare(found, domains, plain_tau)
         for owner in (reference, other):
             for task in owner.manifest["tasks"]:
-                a, b = domains[reference.path.name], domains[f"{owner.path.name}/tasks/{task}"]
-                kept = {v: ranked(a, b, v) for v in VARIANTS}
-                assert similarity(reference, owner, task) == pytest.approx(
-                    {v: plain_tau([a[t] for t in k], [b[t] for t in k]) for v, k in kept.items()}
-                )
+                b = domains[f"{owner.path.name}/tasks/{task}"]
+                name = reference.path.name
+                for services, a in ((None, domains[name]), (("books",), domains[f"{name}/books"])):
+                    kept = {v: ranked(a, b, v) for v in VARIANTS}
+                    expected = {
+                        v: plain_tau([a[t] for t in k], [b[t] for t in k]) for v, k in kept.items()
+                    }
+                    assert similarity(reference, owner, task, services) == pytest.approx(expected)
 
 
 def test_encoding_again_keeps_tokens_of_the_same_tokenizer(corpus, monkeypatch):

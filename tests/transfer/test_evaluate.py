@@ -109,6 +109,18 @@ def test_a_run_is_evaluated_once_per_export(corpus: Corpus) -> None:
     assert (paths[0].read_bytes(), paths[0].with_suffix(".parquet").read_bytes()) == kept
 
 
+def test_a_run_on_one_service_is_reduced_by_it_alone(corpus: Corpus) -> None:
+    config = configure(corpus)
+    data = config.data.model_copy(update={"services": ("garden",), "n_services": 1})
+    changes = {"data": data, "pool": corpus.card.pool_of(("garden",))}
+    run = RunDir.create(corpus.path.parent.parent, config.model_copy(update=changes), "tiny")
+    train(run, corpus, TrainSettings(threads=1))
+    with pytest.raises(TransferError, match="no layer for books"):
+        evaluate(run, corpus, wanted(corpus, "books", feature_dim=3))
+    layers = Reduction.read(run.path / "reductions" / "step-000000006-f3").matrices
+    assert {s: m.shape for s, m in layers.items()} == {"garden": (3, 8)}
+
+
 @pytest.mark.slow
 def test_features_are_reduced_by_layers_learnt_of_the_frozen_encoder(corpus: Corpus) -> None:
     root = corpus.path.parent.parent
