@@ -178,7 +178,8 @@ class _Encoder:
         """A task as arrays, with features of its examples and items: the same for all heads."""
         key = _posed(evaluation), evaluation.feature_dim
         if key not in self._features:
-            problem, texts = pose(corpus, task), as_seen_by(corpus, self.corpus)
+            problem = pose(corpus, task)
+            texts = as_seen_by(corpus, self.corpus, self.config.data.services)
             cap = self.config.data.items_per_user
             layers = self._layers(evaluation.feature_dim) if evaluation.feature_dim else None
             features = _features(self.model, texts, task, problem, evaluation.history, cap, layers)

@@ -30,12 +30,19 @@ def as_read_by(run: RunDir, corpus: Corpus, *, unknown: str | None = None) -> Co
     Raises:
         CorpusError: as ``as_seen_by``; or the run's corpus is not there.
     """
-    digest = run.spec().data.corpus_digest
-    own = corpus.card.digest == digest
-    return as_seen_by(corpus, corpus if own else Corpus.find(run.root, digest), unknown=unknown)
+    data = run.spec().data
+    own = corpus.card.digest == data.corpus_digest
+    reference = corpus if own else Corpus.find(run.root, data.corpus_digest)
+    return as_seen_by(corpus, reference, data.services, unknown=unknown)
 
 
-def as_seen_by(corpus: Corpus, reference: Corpus, *, unknown: str | None = None) -> Corpus:
+def as_seen_by(
+    corpus: Corpus,
+    reference: Corpus,
+    services: tuple[str, ...] | None = None,
+    *,
+    unknown: str | None = None,
+) -> Corpus:
     """A corpus with its items in the tokens of an encoder.
 
     Args:
@@ -43,6 +50,7 @@ def as_seen_by(corpus: Corpus, reference: Corpus, *, unknown: str | None = None)
             on have tokens of their own there, which no training has touched.
         reference: the corpus the encoder was trained on, ``Corpus.find(root,
             config.data.corpus_digest)``.
+        services: those of ``reference`` that the encoder was pretrained on; None: all.
         unknown: service of pretraining of ``reference`` whose token services get that it does not
             have; None: the first one.
 
@@ -53,7 +61,7 @@ def as_seen_by(corpus: Corpus, reference: Corpus, *, unknown: str | None = None)
     Raises:
         CorpusError: ``unknown`` is no service of pretraining of ``reference``.
     """
-    pretrained = reference.card.services
+    pretrained = services or reference.card.services
     if unknown is not None and unknown not in pretrained:
         raise CorpusError(
             f"{reference.path}: {unknown!r} is no service of pretraining; valid: "

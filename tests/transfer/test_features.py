@@ -204,12 +204,16 @@ def test_a_foreign_corpus_is_read_in_the_encoders_tokens(corpus: Corpus) -> None
 
 def test_the_token_of_an_unknown_service_may_be_named(corpus: Corpus) -> None:
     other = elsewhere(corpus.path.parent.parent)
+    alone = as_seen_by(other, corpus, ("garden",))  # an encoder that was trained on it alone
     seen = as_seen_by(other, corpus, unknown="garden")
     garden = 1 + corpus.services.index("garden")
     assert {tokens_of(seen, i)[0] for i in range(other.n_items)} == {garden}
     # A service that the encoder has a token of, but was not pretrained on, is unknown to it.
     with pytest.raises(CorpusError, match="'beauty' is no service of pretraining; valid: books, g"):
         as_seen_by(other, corpus, unknown="beauty")
+    np.testing.assert_array_equal(alone.tokens, seen.tokens)
+    with pytest.raises(CorpusError, match="'books' is no service of pretraining"):
+        as_seen_by(other, corpus, ("garden",), unknown="books")
 
 
 def test_texts_of_the_same_tokenizer_stay_as_they_are(
