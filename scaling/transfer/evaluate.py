@@ -104,7 +104,7 @@ def evaluate(
             tell(0.0)
             found = encoder.rows(evaluation, *opened[_posed(evaluation)], tell)
         except _Stopped:
-            break
+            return rows
         except ClueError as e:  # of this one: those behind it may be sound
             failed.append(e)
             continue

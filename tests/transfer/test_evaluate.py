@@ -154,6 +154,15 @@ def test_features_are_reduced_by_layers_learnt_of_the_frozen_encoder(corpus: Cor
         evaluate(run, corpus, [wrong, right])
     assert [p.stem for p in (run.path / "transfer").glob("*.json")].count(right.key) == 1
     assert not (run.path / "transfer" / f"{wrong.key}.json").exists()
+    # Who is stopped behind it has not failed: the next start meets it again.
+    asked: list[int] = []
+    last = wanted(corpus, "books", feature_dim=1)[0]
+    assert (
+        evaluate(
+            run, corpus, [wrong, last], should_stop=lambda: bool(asked.append(0)) or len(asked) > 1
+        )
+        == []
+    )
     with pytest.raises(ReductionError, match="multiples of 2 up to 16"):
         evaluate(run, corpus, wanted(corpus, "books", feature_dim=9))
 
