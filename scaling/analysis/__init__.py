@@ -14,29 +14,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scaling.analysis.additive import AdditiveFit, FitError, FitStatus
     from scaling.analysis.figures import (
         draw,
         gain_vs_similarity,
         loss_vs_compute,
         transfer_vs_pretraining,
     )
-    from scaling.analysis.fit import PowerLawFit, fit_power_law
-    from scaling.analysis.frontier import compute_frontier
-    from scaling.analysis.law import Identification, LawFit, fit_law
+    from scaling.analysis.fitting.fit import fit_law, fit_power_law
+    from scaling.analysis.fitting.forms import Form, FormError
+    from scaling.analysis.fitting.frontier import compute_frontier
+    from scaling.analysis.fitting.law import LawFit
+    from scaling.analysis.fitting.objective import Objective
+    from scaling.analysis.fitting.status import FitError, FitStatus
+    from scaling.analysis.fitting.verdicts import Identification
     from scaling.analysis.report import study, write_study
 
 _HOME = {
-    "AdditiveFit": "additive",
-    "FitError": "additive",
-    "FitStatus": "additive",
-    "Identification": "law",
-    "LawFit": "law",
-    "PowerLawFit": "fit",
-    "compute_frontier": "frontier",
+    "FitError": "fitting.status",
+    "FitStatus": "fitting.status",
+    "Form": "fitting.forms",
+    "FormError": "fitting.forms",
+    "Identification": "fitting.verdicts",
+    "LawFit": "fitting.law",
+    "Objective": "fitting.objective",
+    "compute_frontier": "fitting.frontier",
     "draw": "figures",
-    "fit_law": "law",
-    "fit_power_law": "fit",
+    "fit_law": "fitting.fit",
+    "fit_power_law": "fitting.fit",
     "gain_vs_similarity": "figures",
     "loss_vs_compute": "figures",
     "study": "report",
@@ -45,12 +49,13 @@ _HOME = {
 }
 
 __all__ = [
-    "AdditiveFit",
     "FitError",
     "FitStatus",
+    "Form",
+    "FormError",
     "Identification",
     "LawFit",
-    "PowerLawFit",
+    "Objective",
     "compute_frontier",
     "draw",
     "fit_law",

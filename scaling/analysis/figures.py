@@ -7,7 +7,7 @@ committed tables and fits are enough to make every figure again.
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -18,10 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from scaling.analysis.downstream import correlations, downstream_points
-from scaling.analysis.frontier import compute_frontier
+from scaling.analysis.fitting.frontier import compute_frontier
 from scaling.analysis.gains import encoder, gain_points
 from scaling.files import write_bytes
 from scaling.results import Tables
+
+if TYPE_CHECKING:
+    from scaling.analysis.fitting.law import LawFit
 
 STYLE = Path(__file__).with_name("clue.mplstyle")
 MARKERS = "osD^vPX"
@@ -193,23 +196,39 @@ def gain_vs_similarity(
     return ax
 
 
-def law_and_points(
-    fit: Law | Mapping[str, Any],
-    points: pd.DataFrame,
-    *,
-    ax: Axes | None = None,
-    extend: float = 1.0,
-) -> Axes:
-    """A law with its 95 % band, and the points it was fitted to.
+def law_and_points(fit: "LawFit", x: str, *, ax: Axes | None = None, extend: float = 1.0) -> Axes:
+    """A law along one column with its 95 % band, and the points it was fitted to.
+
+    The other columns are held at their medians: a point is the law there plus its residual.
 
     Args:
-        points: fitted points; the first column is x, the second y.
+        extend: draw the law to this many times the largest fitted x.
     """
     ax = ax or _axes()
-    x, y = points.columns[:2]
-    ax.plot(points[x], points[y], "o", color="C0", label="fitted points")
-    _law(ax, fit, x, extend)
-    return _log_log(ax, x, y)
+    used = fit.weights > 0
+    columns = {name: values[used] for name, values in fit.columns.items()}
+    points = pd.DataFrame({n: v if n == x else np.median(v) for n, v in columns.items()})
+    at_medians = fit.predict(points, level=None)["y"].to_numpy()
+    residuals = fit.residuals().to_numpy()
+    log_scale = fit.objective.scale == "log"
+    shown = at_medians * np.exp(residuals) if log_scale else at_medians + residuals
+    ax.plot(columns[x], shown, "o", color="C0", label="fitted points")
+    low, high = fit.ranges()[x]
+    log_x = low > 0
+    grid = np.geomspace(low, high * extend, 61) if log_x else np.linspace(low, high, 61)
+    band = fit.predict(pd.DataFrame({n: grid if n == x else points[n].iloc[0] for n in points}))
+    ax.plot(grid, band["y"], color="C1", label=fit.equation().replace(" = ", " =\n"), zorder=2.8)
+    if "lower" in band:
+        ax.fill_between(
+            grid, band["lower"], band["upper"], color="C1", alpha=0.18, linewidth=0, zorder=1
+        )
+    if log_x and log_scale:
+        return _log_log(ax, x, fit.y)
+    ax.set_xscale("log" if log_x else "linear")
+    ax.set_xlabel(LABELS.get(x, x))
+    ax.set_ylabel(LABELS.get(fit.y, fit.y))
+    _legend(ax)
+    return ax
 
 
 def draw(tables: Tables, fits: Mapping[str, Any], out: Path) -> list[Path]:

@@ -14,15 +14,16 @@ import pandas as pd
 from scipy.stats import kendalltau, spearmanr
 
 import scaling
-from scaling.analysis.additive import FitError, FitStatus
 from scaling.analysis.downstream import correlations, downstream_points
-from scaling.analysis.fit import LOG_HUBER_DELTA, PowerLawFit, fit_power_law
+from scaling.analysis.fitting.fit import fit_law, fit_power_law
+from scaling.analysis.fitting.law import LawFit
+from scaling.analysis.fitting.objective import HUBER_DELTA, Objective
+from scaling.analysis.fitting.status import FitError, FitStatus
 from scaling.analysis.gains import gains_report
-from scaling.analysis.law import fit_law
 from scaling.files import write_json
 from scaling.results import Tables
 
-FITS_VERSION = 1
+FITS_VERSION = 2
 
 COMPUTE = {
     "pf_days": "6 x n_total x batch_size x steps x sequence_length / 8.64e19 (the paper's formula)",
@@ -41,7 +42,7 @@ JOINT_DRAWS = 400
 
 
 def study(
-    tables: Tables, *, n_boot: int = 1000, seed: int = 0, delta: float = LOG_HUBER_DELTA
+    tables: Tables, *, n_boot: int = 1000, seed: int = 0, delta: float = HUBER_DELTA
 ) -> dict[str, Any]:
     """Fit everything the tables allow; a fit that cannot be made says why in its place.
 
@@ -124,7 +125,7 @@ def _smaller_pools(tables: Tables) -> pd.DataFrame:
 
 def _fit(
     runs: pd.DataFrame, x: str, y: str, **choices: Any
-) -> tuple[PowerLawFit | None, dict[str, Any]]:
+) -> tuple[LawFit | None, dict[str, Any]]:
     """One law in compute with its choices; where it cannot be fitted, the reason."""
     named = {
         "x": x,
@@ -134,7 +135,8 @@ def _fit(
         "delta": choices["delta"] if np.isfinite(choices["delta"]) else "inf",
     }
     try:
-        fit = fit_power_law(runs, x=x, y=y, **choices)
+        objective = Objective(delta=choices.pop("delta"))
+        fit = fit_power_law(runs, x=x, y=y, objective=objective, **choices)
     except FitError as e:
         return None, {**named, "fit": None, "failed": str(e)}
     return fit, {**named, "fit": fit.to_dict(), "failed": None}
@@ -172,9 +174,9 @@ def _other_pool(runs: pd.DataFrame) -> str | None:
 
 
 def _conclusion(
-    headline: PowerLawFit | None,
+    headline: LawFit | None,
     chosen: Mapping[str, Any],
-    alternatives: list[tuple[PowerLawFit | None, dict[str, Any]]],
+    alternatives: list[tuple[LawFit | None, dict[str, Any]]],
 ) -> dict[str, Any]:
     """Whether the exponent may be stated, by the rule in ``rule``.
 
@@ -221,10 +223,13 @@ def _joint(runs: pd.DataFrame, n_boot: int, seed: int, delta: float) -> dict[str
     factors = [f for f in FACTORS if f not in fixed]
     out: dict[str, Any] = {"factors": factors, "left_out": fixed}
     for name, floor in (("with_floor", True), ("without_floor", False)):
+        if not factors:
+            out[name] = {"fit": None, "failed": "no factor varies"}
+            continue
         try:
             fit = fit_law(
-                runs, factors=factors, y="loss", irreducible=floor, delta=delta,
-                n_boot=min(n_boot, JOINT_DRAWS), seed=seed,
+                runs, " + ".join([*["E"] * floor, *factors]), y="loss",
+                objective=Objective(delta=delta), n_boot=min(n_boot, JOINT_DRAWS), seed=seed,
             )  # fmt: skip
         except FitError as e:
             out[name] = {"fit": None, "failed": str(e)}
