@@ -8,10 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scaling.analysis import fit as fit_module
-from scaling.analysis.additive import Certificate, FitError, FitStatus
-from scaling.analysis.fit import fit_power_law
-from scaling.analysis.solver import Minima
+from scaling.analysis import FitError, FitStatus, Objective, fit_power_law
+from scaling.analysis.fitting import fit as fit_module
+from scaling.analysis.fitting.forms import Form
+from scaling.analysis.fitting.solver import Minima
+from scaling.analysis.fitting.status import Certificate
+from scaling.analysis.fitting.surface import Surface
+
+
+SQUARES = Objective("mse")
 
 
 def study(
@@ -64,7 +69,7 @@ def test_a_planted_line_is_recovered(exponent: float, log_scale: float) -> None:
 def test_least_squares_without_floor_is_the_straight_line_of_the_logarithms() -> None:
     df = study(noise=0.05)
     slope, intercept = np.polyfit(np.log(df["pf_days"]), np.log(df["loss"]), 1)
-    fit = fit_power_law(df, x="pf_days", y="loss", delta=float("inf"), n_boot=0)
+    fit = fit_power_law(df, x="pf_days", y="loss", objective=SQUARES, n_boot=0)
     assert fit.params["exponent"] == pytest.approx(-slope, rel=1e-9)
     assert np.log(fit.params["scale"]) == pytest.approx(-intercept / slope, rel=1e-9)
 
@@ -73,7 +78,7 @@ def test_one_wild_run_moves_least_squares_and_not_the_default() -> None:
     df = study(noise=0.002)
     df.loc[15, "loss"] *= 1.5
     robust = fit_power_law(df, x="pf_days", y="loss", n_boot=0)
-    squares = fit_power_law(df, x="pf_days", y="loss", n_boot=0, delta=float("inf"))
+    squares = fit_power_law(df, x="pf_days", y="loss", n_boot=0, objective=SQUARES)
     assert robust.params["exponent"] == pytest.approx(0.1, abs=0.002)
     assert abs(squares.params["exponent"] - 0.1) > 0.01
 
@@ -90,10 +95,10 @@ def test_the_same_seed_gives_the_same_fit() -> None:
 def test_points_of_one_run_are_one_observation() -> None:
     df = study(noise=0.02)
     copies = pd.concat([df] * 5)
-    alone = fit_power_law(df, x="pf_days", y="loss", n_boot=300, delta=float("inf"))
-    clustered = fit_power_law(copies, x="pf_days", y="loss", n_boot=300, delta=float("inf"))
+    alone = fit_power_law(df, x="pf_days", y="loss", n_boot=300, objective=SQUARES)
+    clustered = fit_power_law(copies, x="pf_days", y="loss", n_boot=300, objective=SQUARES)
     naive = fit_power_law(
-        copies, x="pf_days", y="loss", n_boot=300, delta=float("inf"), cluster=None
+        copies, x="pf_days", y="loss", n_boot=300, objective=SQUARES, cluster=None
     )
     width = {f: np.ptp(f.ci().loc["exponent", ["lower", "upper"]]) for f in (alone, clustered)}
     assert clustered.n_clusters == 16
@@ -103,7 +108,7 @@ def test_points_of_one_run_are_one_observation() -> None:
 
 def test_the_bootstrap_is_that_of_refitting_resampled_tables() -> None:
     df = study(n=12, noise=0.03)
-    fit = fit_power_law(df, x="pf_days", y="loss", n_boot=400, delta=float("inf"))
+    fit = fit_power_law(df, x="pf_days", y="loss", n_boot=400, objective=SQUARES)
     rng = np.random.default_rng(1)
     slopes = []
     for _ in range(2000):
@@ -165,11 +170,12 @@ def test_the_record_says_everything_and_is_json() -> None:
     df.loc[4, "loss"] = -1.0
     fit = fit_power_law(df, x="pf_days", y="loss", irreducible=True, n_boot=50)
     record = json.loads(json.dumps(fit.to_dict(), allow_nan=False))
-    assert record["form"] == "loss = E + (pf_days / scale)^-exponent"
+    assert record["form"] == "E + pf_days"
     assert record["objective"]["delta"] == 1e-3
-    assert record["rows"] == {
-        "used": 14,
-        "dropped": {"loss is null": 1, "loss is not positive and finite": 1},
+    assert record["rows"]["used"] == 14
+    assert record["rows"]["dropped"] == {
+        "loss is null": 1,
+        "loss is not positive and finite": 1,
     }
     assert record["bootstrap"]["cluster"] == "run_key"
     assert record["certificate"]["starts_polished"] == 24
@@ -257,7 +263,9 @@ def test_verdicts(gradient: float, exhausted: bool, agree: float, status: FitSta
         np.zeros((1, 2), dtype=bool), np.array([exhausted]),
     )  # fmt: skip
     certificate = Certificate(1.0, gradient, 2000, 24, agree, (1.0,))
-    found, message = fit_module._judge(minima, np.zeros((1, 2)), certificate, ("x",), False)
+    x = np.array([1.0, 2.0])
+    surface = Surface.of(Form.parse("x"), {"x": x}, x)
+    found, message = fit_module._judge(minima, np.zeros((1, 2)), certificate, surface)
     assert found is status
     assert "starts agree" in message
 
@@ -266,17 +274,17 @@ def test_verdicts(gradient: float, exhausted: bool, agree: float, status: FitSta
     ("df", "options", "message"),
     [
         (study(), {"x": "flops"}, "no column 'flops'; its columns: run_key, pf_days, loss"),
-        (study().drop(columns="run_key"), {}, "no column 'run_key'; pass cluster=None"),
+        (study(), {"cluster": "seed"}, "no column 'seed'; pass cluster=None"),
         (
             study(n=2),
             {},
             "2 parameters in pf_days needs at least 3 distinct points, the table has 2",
         ),
         (study(n=3), {"irreducible": True}, "needs at least 4 distinct points"),
-        (study().assign(loss=np.nan), {}, "has 0; 16 rows left out: loss is null"),
+        (study().assign(loss=np.nan), {}, "no row is left; 16 rows left out: loss is null"),
         (study().assign(loss="high"), {}, "16 values that are no numbers, the first in row 1: 'hi"),
         (study().assign(loss=pd.Timestamp(2024, 1, 1)), {}, "'loss' holds datetime64"),
-        (study().iloc[:0], {}, "the table has 0"),
+        (study().iloc[:0], {}, "no row is left"),
     ],
 )
 def test_nothing_usable_says_what_is_missing(df: pd.DataFrame, options: dict, message: str) -> None:
@@ -287,8 +295,8 @@ def test_nothing_usable_says_what_is_missing(df: pd.DataFrame, options: dict, me
 def test_draws_with_too_few_points_are_counted() -> None:
     fit = fit_power_law(study(n=3, noise=0.01), x="pf_days", y="loss", n_boot=300)
     # three rows drawn from three: all the same with probability 1/9
-    assert 10 < fit.draws_failed < 60
-    assert len(fit.draws) + fit.draws_failed == 300
+    assert 10 < fit.bootstrap.failed < 60
+    assert len(fit.draws) + fit.bootstrap.failed == 300
 
 
 def test_integers_with_missing_values_are_read() -> None:

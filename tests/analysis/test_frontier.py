@@ -3,7 +3,7 @@ import pandas as pd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scaling.analysis.frontier import compute_frontier, on_frontier
+from scaling.analysis.fitting.frontier import compute_frontier, on_frontier
 
 points = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=15)
 

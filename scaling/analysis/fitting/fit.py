@@ -23,7 +23,7 @@ from scaling.analysis.fitting.intervals import (
 )
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.law import LawFit
-from scaling.analysis.fitting.objective import Objective
+from scaling.analysis.fitting.objective import LAD_DRAW_KNEE, Objective
 from scaling.analysis.fitting.parameters import Constraints
 from scaling.analysis.fitting.rows import check_enough, check_varies, distinct, usable_rows
 from scaling.analysis.fitting.solver import GRADIENT_TOLERANCE, Minima, Problem, minimise
@@ -183,13 +183,14 @@ def _fit(
         objective.scale == "log", objective.knee(), objective.overestimate,
     )  # fmt: skip
     scattered = scatter(problem.with_knee(np.inf), STARTS_SCORED, rng)
+    spread = 0.0
     if objective.loss == "lad":
         squares = minimise(
             problem.with_knee(np.inf), best(problem.with_knee(np.inf), scattered, 4, weight), weight
         )
         residuals = problem.fitted(squares.theta[[np.argmin(squares.objective)]])[0]
-        away = np.abs(residuals - problem.target)[weight > 0]
-        problem = problem.with_knee(objective.knee(float(np.median(away)) or 1e-12))
+        spread = float(np.median(np.abs(residuals - problem.target)[weight > 0])) or 1e-12
+        problem = problem.with_knee(objective.knee(spread))
     starts = best(problem, scattered, STARTS_POLISHED, weight)
     minima = minimise(problem, starts, weight)
     theta, certificate, optima = _best(minima, problem, objective, weight)
@@ -200,8 +201,9 @@ def _fit(
         targets = resampled_targets(
             problem.fitted(theta[None])[0], problem.target, codes, surface.n_free, n_boot, rng
         )
+    drawn = problem.with_knee(LAD_DRAW_KNEE * spread) if objective.loss == "lad" else problem
     theta_draws, missed, rechecked, lower = refit(
-        problem, [theta, *optima], draws, targets, scattered[: STARTS_SCORED // 8]
+        drawn, [theta, *optima], draws, targets, scattered[: STARTS_SCORED // 8]
     )
     return LawFit(
         form=form,

@@ -213,7 +213,7 @@ PARTS: Mapping[str, Part] = {
     "repeated": Part(
         "repeated(u, r)", "({x} (1 + {r_star} (1 - e^(-{r} / {r_star}))))^-{exponent}",
         ("log", "count"),
-        (EXPONENT, Parameter("r_star", (-5.0, 10.0), (-1.0, 5.0), public="exp")),
+        (EXPONENT, Parameter("r_star", (-5.0, 10.0), (-1.0, 9.0), public="exp")),
         _repeated, _centred, power=True,
     ),
     "rising": Part(

@@ -14,6 +14,9 @@ LAD_KNEE = 1e-4
 """Knee of the Huber loss that stands for |r|, relative to the median |r| of least squares: below it
 the optimum of the Huber loss no longer moves, above zero it has a gradient to certify."""
 
+LAD_DRAW_KNEE = 3e-2
+"""The same for bootstrap draws, whose optima need only be sharp beside their spread."""
+
 
 class ObjectiveError(ClueError):
     """An objective that does not exist."""
