@@ -1,4 +1,4 @@
-"""Any table of runs, from a file: what `fit` and `rollout` read, and how constraints are written."""
+"""Any table of runs, from a file, and how constraints are written on the command line."""
 
 from collections.abc import Sequence
 from pathlib import Path

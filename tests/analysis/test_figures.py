@@ -16,9 +16,9 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection, PolyCollection
+from scaling.analysis.fit import PowerLawFit, fit_power_law
 
 from scaling.analysis.figures import draw, loss_vs_compute, transfer_vs_pretraining
-from scaling.analysis.fit import PowerLawFit, fit_power_law
 from scaling.results import Tables
 
 

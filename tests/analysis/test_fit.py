@@ -15,7 +15,6 @@ from scaling.analysis.fitting.solver import Minima
 from scaling.analysis.fitting.status import Certificate
 from scaling.analysis.fitting.surface import Surface
 
-
 SQUARES = Objective("mse")
 
 
