@@ -45,4 +45,4 @@ def equation(form: Form, y: str, params: Mapping[str, float]) -> str:
         text = f"({text})^{said[OUTER]}"
     if form.floor:
         text = f"{said[FLOOR]} {'+' if terms[0][0] > 0 else '-'} {text}"
-    return f"{y} = {text}"
+    return f"{y} = {text}".replace("--", "")  # minus a negative number
