@@ -15,6 +15,7 @@ try:  # Ctrl-C in the first tenths of a second finds Python here
         embed,
         fit,
         plans,
+        rollout,
         runs,
         studies,
         sweeps,
