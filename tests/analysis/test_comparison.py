@@ -15,6 +15,7 @@ from scaling.analysis.fitting.likelihood import aicc, log_likelihood
 from scaling.analysis.fitting.objective import Objective
 from scaling.analysis.fitting.status import FitError
 
+WORSE = "every other form is worse by cross-validation or rollout"
 SQUARES = Objective(loss="mse")
 
 
@@ -86,7 +87,7 @@ def test_aicc_is_that_of_hurvich_and_tsai() -> None:
 def test_the_true_law_in_compute_wins(truth: str, winner: str) -> None:
     found = compare_forms(world(truth), compute_forms("x"), y="loss", by="x", folds=5)
     assert found.candidates() == [winner]
-    assert found.verdict() == f"{compute_forms('x')[winner]} wins by cross-validation and rollout"
+    assert found.verdict() == f"{compute_forms('x')[winner]} wins: " + WORSE
     table = found.table()
     assert table.index[0] == winner
     assert table["aicc"][winner] == 0
@@ -118,11 +119,29 @@ def test_held_out_errors_are_those_of_leaving_each_run_out() -> None:
 def test_rollout_errors_average_over_the_windows_that_hold_a_row_out() -> None:
     df = world("power", n=6, noise=0.05)
     found = compare_forms(df, ["x", "E + x"], y="loss", by="x", objective=SQUARES, folds=6)
-    errors = found.held_out["rollout"]
-    assert errors["E + x"].isna().all()  # two points do not hold three parameters
-    assert "rollout: " in found.failed["E + x"]
-    assert found.differences("rollout")["verdict"]["E + x"] == "failed"
-    assert found.candidates() == []
+    # three points do not hold three parameters, so that both forms are judged from four on
+    assert [s.partition(":")[0] for s in found.skipped["rollout"]] == [
+        f"x up to {cut:.6g}" for cut in df["x"][:3]
+    ]
+    errors = found.held_out["rollout"]["x"]
+    assert sorted(errors.index) == ["4", "5"]
+    off = []
+    for n in (4, 5):
+        line = np.polyfit(np.log(df["x"][:n]), np.log(df["loss"][:n]), 1)
+        off.append(abs(np.polyval(line, math.log(df["x"][5])) - math.log(df["loss"][5])))
+    assert errors["5"] == pytest.approx(np.mean(off), abs=1e-7)
+
+
+def test_a_form_that_cannot_be_fitted_is_not_compared() -> None:
+    df = world("power", noise=0.03).assign(z=1.0)
+    found = compare_forms(df, ["x", "E + x", "x * z"], y="loss", folds=4)
+    assert "z is 1 in every row" in found.failed["x * z"]
+    assert found.table()["status"]["x * z"] == found.failed["x * z"]
+    assert found.candidates() == ["x", "E + x"]
+    nothing = compare_forms(df, ["x", "x * z"], y="loss", folds=4)
+    assert nothing.candidates() == []
+    assert nothing.verdict().startswith("nothing could be compared: z is 1 in every row")
+    assert list(nothing.table().index) == ["x", "x * z"]
 
 
 def test_forms_are_compared_on_the_same_rows() -> None:
@@ -135,7 +154,7 @@ def test_forms_are_compared_on_the_same_rows() -> None:
 
 
 def test_the_record_is_json() -> None:
-    found = compare_forms(world("floor"), ["x", "E + x"], y="loss", by="x", folds=4)
+    found = compare_forms(world("floor"), ["x", "E + x"], y="loss", folds=3)
     report = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert report["candidates"] == found.candidates()
     assert [f["name"] for f in report["forms"]] == list(found.table().index)
@@ -156,7 +175,7 @@ def judged(**held_out: dict[str, list[float]]) -> FormComparison:
     names = list(next(iter(held_out.values())))
     return FormComparison(
         y="loss", by=None, cluster=None, level=0.95, forms={n: Form.parse(n) for n in names},
-        fits=dict.fromkeys(names), failed={}, aicc={}, rows=0, dropped={},
+        fits=dict.fromkeys(names), failed={}, aicc={}, rows=0, dropped={}, skipped={},
         held_out={k: pd.DataFrame(v) for k, v in held_out.items()},
     )  # fmt: skip
 

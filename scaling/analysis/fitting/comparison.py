@@ -41,9 +41,11 @@ class FormComparison:
         level: of the test whether a form is worse than the best.
         forms: by name.
         fits: the law on all rows by name, None where it cannot be fitted.
-        failed: why a form has no fit or no held-out error, by name.
+        failed: why a form has no fit, by name; such a form is not compared.
         held_out: by criterion (``cross_validation``, ``rollout``) a table ``[runs, forms]`` of mean
-            absolute errors of ln y on rows that were not fitted.
+            absolute errors of ln y on rows that were not fitted; without a criterion that no part
+            of the table allows.
+        skipped: by criterion the parts that some form cannot be fitted to, which count for no form.
         aicc: by name.
         rows, dropped: rows compared on, usable by all forms; rows left out, by rule.
     """
@@ -56,6 +58,7 @@ class FormComparison:
     fits: Mapping[str, LawFit | None]
     failed: Mapping[str, str]
     held_out: Mapping[str, pd.DataFrame]
+    skipped: Mapping[str, tuple[str, ...]]
     aicc: Mapping[str, float]
     rows: int
     dropped: Mapping[str, int]
@@ -80,6 +83,8 @@ class FormComparison:
         table = pd.DataFrame.from_dict(lines, orient="index").rename_axis("name")
         for criterion in self.held_out:
             table = table.join(self.differences(criterion).add_prefix(f"{criterion}_"))
+        if not self.held_out:
+            return table
         hardest = list(self.held_out)[-1]  # the rollout, where there is one
         return pd.DataFrame(table.sort_values(by=[f"{hardest}_error"], kind="stable"))
 
@@ -93,48 +98,48 @@ class FormComparison:
         """
         errors = self.held_out[criterion]
         mean = errors.mean()
-        best = mean.idxmin() if mean.notna().any() else None
+        best = mean.idxmin()
         lines = {}
-        for name in self.forms:
-            gap = errors[name] - errors[best] if best is not None else errors[name]
-            gap = gap.dropna()
+        for name in map(str, errors):
+            gap = errors[name] - errors[best]
             spread = gap.std(ddof=1) if np.isfinite(gap).all() else math.nan
             se = float(spread / math.sqrt(len(gap))) if len(gap) > 1 else math.nan
             lines[name] = {
                 "error": float(mean[name]), "difference": float(gap.mean()), "se": se,
-                "verdict": self._word(name == best, float(gap.mean()), se, len(gap)),
+                "verdict": self._word(criterion, name == best, float(gap.mean()), se),
             }  # fmt: skip
         return pd.DataFrame.from_dict(lines, orient="index")
 
-    def _word(self, best: bool, difference: float, se: float, runs: int) -> str:
+    def _word(self, criterion: str, best: bool, difference: float, se: float) -> str:
         if best:
             return "best"
-        if math.isnan(difference):
-            return "failed"
         if math.isinf(difference):
             return "worse"
+        runs = len(self.held_out[criterion])
         if runs < 2:
             return "not distinguishable"
-        level = 1 - (1 - self.level) / max(1, len(self.forms) - 1)
+        level = 1 - (1 - self.level) / max(1, len(self.held_out[criterion].columns) - 1)
         limit = float(student.ppf(level, runs - 1)) * se
         return "worse" if difference > max(limit, SAME_ERROR) else "not distinguishable"
 
     def candidates(self) -> list[str]:
-        """Forms that no criterion finds worse than its best, or that it could not fit."""
+        """Forms that no criterion finds worse than its best."""
         words = [self.differences(criterion)["verdict"] for criterion in self.held_out]
-        return [
-            n for n in self.forms if all(w[n] in ("best", "not distinguishable") for w in words)
-        ]
+        names: list[str] = [] if not words else [str(name) for name in words[0].index]
+        return [name for name in names if all(w[name] != "worse" for w in words)]
 
     def verdict(self) -> str:
         """One sentence: which form wins, or that none does."""
+        if not self.held_out:
+            reasons = [*self.failed.values(), *(r for some in self.skipped.values() for r in some)]
+            return f"nothing could be compared: {reasons[0]}"
         named = [str(self.forms[n]) for n in self.candidates()]
-        by = " and ".join(self.held_out).replace("_", "-")
+        criteria = [name.replace("_", "-") for name in self.held_out]
         if len(named) == 1:
-            return f"{named[0]} wins by {by}"
+            return f"{named[0]} wins: every other form is worse by {' or '.join(criteria)}"
         if named:
-            return f"not distinguishable by {by}: {'; '.join(named)}"
-        return f"no form wins: {by} disagree"
+            return f"not distinguishable by {' and '.join(criteria)}: {'; '.join(named)}"
+        return f"no form wins: {' and '.join(criteria)} disagree"
 
     def to_dict(self) -> dict[str, Any]:
         """The table, its verdict and what it rests on, as plain JSON values."""
@@ -148,6 +153,7 @@ class FormComparison:
             "are taken as independent",
             "rows": {"used": self.rows, "dropped": dict(self.dropped)},
             "forms": plain_rows(self.table().reset_index()),
+            "skipped": {criterion: list(parts) for criterion, parts in self.skipped.items()},
             "candidates": self.candidates(),
             "verdict": self.verdict(),
         }
@@ -206,22 +212,21 @@ def compare_forms(
             continue
         # the scale of weights is not a number of rows
         scores[name] = _aicc(fit) if weights is None else math.nan
-    splits = {"cross_validation": _leave_runs_out(runs, folds, seed)}
+    parts = {"cross_validation": _leave_runs_out(runs, folds, seed)}
     if by is not None:
         along = table[by].to_numpy(dtype=np.float64)
-        splits["rollout"] = [(along <= cut, along > cut) for cut in cut_points(along)]
-    held_out = {}
-    for criterion, parts in splits.items():
-        errors = {n: _errors(table, law, parts, settings) for n, law in laws.items()}
-        for name, found in errors.items():
-            if isinstance(found, str):
-                failed.setdefault(name, f"{criterion.replace('_', '-')}: {found}")
-        shown = {n: np.nan if isinstance(e, str) else e for n, e in errors.items()}
-        held_out[criterion] = pd.DataFrame(shown, index=table.index).groupby(runs).mean()
-        held_out[criterion] = held_out[criterion].dropna(how="all")
+        parts["rollout"] = {
+            f"{by} up to {cut:.6g}": (along <= cut, along > cut) for cut in cut_points(along)
+        }
+    fitted = {name: law for name, law in laws.items() if fits[name] is not None}
+    held_out, skipped = {}, {}
+    for criterion, split in parts.items() if len(fitted) > 1 else ():
+        errors, skipped[criterion] = _errors(table, fitted, split, settings)
+        if errors is not None:
+            held_out[criterion] = errors.groupby(runs).mean().dropna(how="all")
     return FormComparison(
         y=y, by=by, cluster=run, level=level, forms=laws, fits=fits, failed=failed,
-        held_out=held_out, aicc=scores, rows=len(table), dropped=dropped,
+        held_out=held_out, skipped=skipped, aicc=scores, rows=len(table), dropped=dropped,
     )  # fmt: skip
 
 
@@ -230,7 +235,7 @@ def _aicc(fit: LawFit) -> float:
     return aicc(log_likelihood(residuals, fit.objective), fit.surface.n_free, fit.n)
 
 
-def _leave_runs_out(runs: "pd.Series[str]", folds: int, seed: int) -> list[tuple[Mask, Mask]]:
+def _leave_runs_out(runs: "pd.Series[str]", folds: int, seed: int) -> dict[str, tuple[Mask, Mask]]:
     codes, names = pd.factorize(runs)
     if len(names) < 2:
         raise FitError(
@@ -238,22 +243,34 @@ def _leave_runs_out(runs: "pd.Series[str]", folds: int, seed: int) -> list[tuple
         )
     count = min(folds, len(names))
     fold = np.random.default_rng(seed).permutation(np.arange(len(names)) % count)[codes]
-    return [(fold != k, fold == k) for k in range(count)]
+    return {f"fold {k + 1}": (fold != k, fold == k) for k in range(count)}
 
 
 def _errors(
-    table: pd.DataFrame, law: Form, parts: list[tuple[Mask, Mask]], settings: Mapping[str, Any]
-) -> "pd.Series[float] | str":
-    """``[rows]`` mean absolute error of ln y over the parts that hold a row out, NaN where none
-    does; the reason where a part cannot be fitted."""
-    total, count = np.zeros(len(table)), np.zeros(len(table))
-    for fitted, held in parts:
-        rows = table[held]
+    table: pd.DataFrame,
+    laws: Mapping[str, Form],
+    parts: Mapping[str, tuple[Mask, Mask]],
+    settings: Mapping[str, Any],
+) -> tuple[pd.DataFrame | None, tuple[str, ...]]:
+    """``[rows, forms]`` mean absolute error of ln y over the parts that hold a row out, NaN where
+    none does; None where no part can be used. A part that one form cannot be fitted to is left out
+    for all, with the reason."""
+    total, count = np.zeros((len(table), len(laws))), np.zeros(len(table))
+    skipped = []
+    for part, (fitted, held) in parts.items():
+        rows, name = table[held], ""
+        measured = rows[settings["y"]].to_numpy(dtype=np.float64)
+        errors = []
         try:
-            fit = fit_law(table[fitted], law, **settings)
+            for name, law in laws.items():  # noqa: B007  (the reason names it)
+                predicted = fit_law(table[fitted], law, **settings).predict(rows, level=None)["y"]
+                errors.append(np.abs(log_ratio(predicted.to_numpy(), measured)))
         except FitError as e:
-            return str(e)
-        predicted = fit.predict(rows, level=None)["y"].to_numpy()
-        total[held] += np.abs(log_ratio(predicted, rows[settings["y"]].to_numpy(dtype=np.float64)))
+            skipped.append(f"{part}: {name}: {e}")
+            continue
+        total[held] += np.stack(errors, axis=1)
         count[held] += 1
-    return pd.Series(np.where(count > 0, total / np.maximum(count, 1), np.nan), index=table.index)
+    if not count.any():
+        return None, tuple(skipped)
+    mean = np.where(count > 0, total.T / np.maximum(count, 1), np.nan).T
+    return pd.DataFrame(mean, index=table.index, columns=list(laws)), tuple(skipped)
