@@ -112,7 +112,7 @@ class Rollout:
         """
         import matplotlib.pyplot as plt
 
-        from scaling.analysis.figures import LABELS, STYLE  # matplotlib only where it draws
+        from scaling.analysis.figures import STYLE  # matplotlib only where it draws
 
         with plt.rc_context(fname=STYLE):
             ax = ax or plt.subplots(layout="constrained")[1]
@@ -127,8 +127,10 @@ class Rollout:
         ax.axhline(0, color="0.45", linestyle="--", linewidth=1)
         ax.set_xscale("log")
         ax.set_xlabel(f"{self.by} over the largest fitted")
-        ax.set_ylabel(f"ln(predicted / measured), {LABELS.get(self.y, self.y)}")
-        ax.legend(title=f"open: outside {self.level:.0%}")
+        ax.set_ylabel(f"ln(predicted {self.y} / measured)")
+        ax.legend(
+            title=f"open: outside {self.level:.0%}", loc="upper left", bbox_to_anchor=(1.01, 1.0)
+        )
         return ax
 
 

@@ -175,8 +175,9 @@ class SelectionComparison:
     def table(self) -> pd.DataFrame:
         """One row per selection: ``rows``, ``status``, parameters, ``largest_change``, ``of``.
 
-        ``largest_change`` is the largest change of a parameter against the fit under all rules, in
-        standard errors of that fit, and ``of`` its name; null without bootstrap draws.
+        ``largest_change`` is the largest change of a parameter (coefficients and scales aside)
+        against the fit under all rules, in standard errors of that fit, and ``of`` its name; null
+        without bootstrap draws.
         """
         base = self.fits["all rules"]
         spread = None if base is None or base.draws.empty else base.draws.std()
@@ -189,7 +190,8 @@ class SelectionComparison:
             line["status"] = str(fit.status)
             line |= {str(name): float(value) for name, value in fit.params.items()}
             if base is not None and spread is not None:
-                change = ((fit.params - base.params).abs() / spread).dropna()
+                own = base.profiled  # a coefficient or a scale moves with its exponent
+                change = ((fit.params - base.params).abs() / spread)[own].dropna()
                 line |= {"largest_change": change.max(), "of": change.idxmax()}
             lines.append(line)
         return pd.DataFrame(lines).set_index("selection")
