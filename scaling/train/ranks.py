@@ -1,6 +1,8 @@
 """The ranks of one run: one process each, joined through DeepSpeed's communication layer."""
 
+import atexit
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self, TypeVar
@@ -15,6 +17,8 @@ from scaling.config import ConfigError
 from scaling.files import RecordError
 
 T = TypeVar("T")
+LAST_WORD_S = 0.1
+"""Seconds without the GIL that gloo's threads are given before the interpreter ends."""
 
 
 class PeerError(RecordError):
@@ -67,6 +71,11 @@ class Ranks:
                 if missing:
                     raise ConfigError(f"RANK is set but {' and '.join(missing)} is not")
                 torch.distributed.init_process_group(backend)
+            if backend == "gloo":
+                # A thread of gloo frees the tensors of a collective after the ranks have gone on,
+                # under the GIL; if the interpreter ends meanwhile, the process aborts (pytorch
+                # issue 190489). Destroying the group does not wait for it: DeepSpeed holds it, too.
+                atexit.register(time.sleep, LAST_WORD_S)
         return here
 
     def gather(self, local: Tensor, dim: int) -> Tensor:
