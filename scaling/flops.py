@@ -76,6 +76,22 @@ class ExactFlops:
         return self.item + self.service + self.head + self.loss
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """Sums of lengths over the views of one user: what ``exact_flops`` multiplies."""
+
+    tokens: float
+    """Of items' lengths; of system ``single``, of rows' lengths. [tokens]"""
+    tokens_sq: float
+    """Of their squares."""
+    items: float
+    """Of rows' lengths. [items]"""
+    items_sq: float
+    """Of their squares."""
+    rows: int
+    """Views."""
+
+
 def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCounts:
     """Count the trainable parameters of an encoder.
 
@@ -200,31 +216,48 @@ def expected_flops(
     tokens of its items, at most ``MAX_TOKENS_SINGLE``; there the cap is applied to the row's mean.
     """
     users = float(batch_size) * steps
+    lengths = expected_lengths(card, items_per_user, services, model.system)
+    return exact_flops(
+        model,
+        tokens=users * lengths.tokens,
+        tokens_sq=users * lengths.tokens_sq,
+        items=users * lengths.items,
+        items_sq=users * lengths.items_sq,
+        rows=users * lengths.rows,
+        users=users,
+        n_views=lengths.rows,
+        negatives=negatives,
+    )
+
+
+def expected_lengths(
+    card: CorpusCard,
+    items_per_user: int,
+    services: tuple[str, ...] | None = None,
+    system: str = "clue",
+) -> Lengths:
+    """Expected sums of lengths over the views of one user, from the corpus's histograms.
+
+    Args:
+        items_per_user: the cap S.
+        services: those of pretraining that are contrasted; None: all.
+        system: ``clue`` or ``single`` (``ModelConfig``).
+    """
     token_mean, token_sq = _moments(card.tokens_per_item, MAX_TOKENS)
     variance = token_sq - token_mean**2
     tokens = tokens_sq = items = items_sq = 0.0
     views = _views(card, items_per_user, services)
     for share, n in views:
-        items += users * float(share @ n)
-        items_sq += users * float(share @ n**2)
-        if model.system == "single":
+        items += float(share @ n)
+        items_sq += float(share @ n**2)
+        if system == "single":
             row = n * token_mean
             row_sq = n * variance + row**2
-            tokens += users * float(share @ np.minimum(row, MAX_TOKENS_SINGLE))
-            tokens_sq += users * float(share @ np.minimum(row_sq, MAX_TOKENS_SINGLE**2))
-    if model.system == "clue":
+            tokens += float(share @ np.minimum(row, MAX_TOKENS_SINGLE))
+            tokens_sq += float(share @ np.minimum(row_sq, MAX_TOKENS_SINGLE**2))
+    if system == "clue":
         tokens, tokens_sq = items * token_mean, items * token_sq
-    return exact_flops(
-        model,
-        tokens=tokens,
-        tokens_sq=tokens_sq,
-        items=items,
-        items_sq=items_sq,
-        rows=users * len(views),
-        users=users,
-        n_views=len(views),
-        negatives=negatives,
-    )
+    return Lengths(tokens, tokens_sq, items, items_sq, len(views))
 
 
 def _views(
