@@ -6,40 +6,14 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from scaling.analysis.allocation.envelope import Kind, envelope
 from scaling.analysis.allocation.isoflop import TOLERANCE, isoflop
-from scaling.analysis.allocation.optimum import FRONTIER_DRAWS, Law, evaluate, frontier
-from scaling.analysis.allocation.space import ProductSpace, Space
-from scaling.analysis.allocation.trend import AllocationError, Array, Trend, column, positive_rows
-
-BUDGETS = 5
-"""Budgets over the range of the table that the parametric approach is solved at."""
-ROOM = 1e3
-"""How far beyond the table's range a factor may go where compute is its product."""
-
-
-def closed_form(
-    exponents: npt.ArrayLike, powers: npt.ArrayLike | None = None
-) -> Array:
-    """Powers of compute with which the optimal factors grow: a_k = (1 / p_k) / sum_j (m_j / p_j).
-
-    The minimum of E + sum_k A_k x_k^-p_k at fixed C = unit prod_k x_k^m_k has
-    x_k = (A_k p_k / (m_k lambda))^(1 / p_k); for two factors and m = 1 it is Hoffmann et al. 2022,
-    eq. 4: a = beta / (alpha + beta). Neither E nor the coefficients matter.
-
-    Args:
-        exponents: ``[..., K]`` p_k > 0, draws first.
-        powers: ``[K]`` m_k; 1 by default.
-
-    >>> closed_form([0.34, 0.28]).round(3).tolist()
-    [0.452, 0.548]
-    """
-    inverse = 1 / np.asarray(exponents, dtype=np.float64)
-    weight = np.ones(inverse.shape[-1]) if powers is None else np.asarray(powers, dtype=np.float64)
-    return np.asarray(inverse / (inverse @ weight)[..., None])
+from scaling.analysis.allocation.optimum import FRONTIER_DRAWS, Law, evaluate
+from scaling.analysis.allocation.parametric import parametric
+from scaling.analysis.allocation.space import Space
+from scaling.analysis.allocation.trend import Trend, positive_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +68,8 @@ class Comparison:
 
     def disagreement(self, level: float = 0.95) -> pd.DataFrame:
         """One row a factor and pair of approaches that both gave an exponent: ``difference``,
-        ``lower``, ``upper`` and whether they ``agree`` (0 lies between).
+        ``lower``, ``upper``, whether they ``agree`` (0 lies between), and ``of_bias``: how much of
+        the difference the methods' bias on this grid accounts for.
 
         The intervals take the approaches as independent. They use the same runs, so that errors
         which they share make the true interval narrower: an agreement may be missed late, never
@@ -109,12 +84,17 @@ class Comparison:
                 "approaches": f"{a.approach} - {b.approach}",
                 "difference": a.exponent - b.exponent,
             }
+            known = [
+                0.0 if t.approach == 3 else self.bias.get((t.approach, t.factor)) for t in (a, b)
+            ]
+            if self.bias and known[0] is not None and known[1] is not None:
+                row["of_bias"] = known[0] - known[1]
             if a.ci() and b.ci():
                 both = np.subtract.outer(a.exponents, b.exponents)
                 low, high = np.quantile(both, [(1 - level) / 2, (1 + level) / 2])
                 row |= {"lower": low, "upper": high, "agree": bool(low <= 0 <= high)}
             rows.append(row)
-        columns = ["factor", "approaches", "difference", "lower", "upper", "agree"]
+        columns = ["factor", "approaches", "difference", "lower", "upper", "agree", "of_bias"]
         return pd.DataFrame(rows, columns=columns)
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,57 +160,12 @@ def compare_approaches(
     trends = [fit(rows, factor, n_boot) for factor in factors for fit in (first, second)]
     bias: dict[tuple[int, str], float] = {}
     if law is not None:
-        parametric = _parametric(rows, factors, compute, law, space, draws)
-        trends += parametric.values()
+        own_trends = parametric(rows, factors, law, compute=compute, space=space, draws=draws)
+        trends += own_trends.values()
         exact = rows.assign(**{y: evaluate(law, rows)[0]})
-        for factor, own in parametric.items():
+        for factor, own in own_trends.items():
             for fit in (first, second):
                 found = fit(exact, factor, 0)
                 if found.exponent is not None and own.exponent is not None:
                     bias[found.approach, factor] = found.exponent - own.exponent
     return Comparison(tuple(trends), bias)
-
-
-def _parametric(
-    rows: pd.DataFrame,
-    factors: Sequence[str],
-    compute: str,
-    law: Law,
-    space: Space | None,
-    draws: int,
-) -> dict[str, Trend]:
-    """Approach 3 of each factor, over the table's range of compute."""
-    c = column(rows, compute)
-    levels = np.geomspace(c.min(), c.max(), BUDGETS)
-    try:
-        found = frontier(law, space or _product(rows, factors, compute), levels, draws=draws)
-    except AllocationError as e:
-        return {factor: _refusal(factor, compute, str(e)) for factor in factors}
-    absent = f"{', '.join(found.names)} are chosen, not this factor"
-    return {
-        factor: found.trends.get(factor) or _refusal(factor, compute, absent) for factor in factors
-    }
-
-
-def _product(rows: pd.DataFrame, factors: Sequence[str], compute: str) -> ProductSpace:
-    """The space in which compute is proportional to the product of the factors.
-
-    Raises:
-        AllocationError: it is not, in the rows.
-    """
-    log_unit = np.log(column(rows, compute)) - sum(np.log(column(rows, f)) for f in factors)
-    if np.ptp(log_unit) > 0.01:
-        raise AllocationError(
-            f"{compute} is not proportional to {' x '.join(factors)} (the ratio varies by a factor "
-            f"{np.exp(np.ptp(log_unit)):.3g}): the law needs a space to be minimised in"
-        )
-    limits = {
-        f: (float(column(rows, f).min()) / ROOM, float(column(rows, f).max()) * ROOM)
-        for f in factors
-    }
-    return ProductSpace(limits, float(np.exp(np.mean(log_unit))), compute)
-
-
-def _refusal(factor: str, compute: str, reason: str) -> Trend:
-    none = np.empty(0)
-    return Trend(3, factor, compute, pd.DataFrame(), None, None, none, none, 0, reason, ())

@@ -16,7 +16,7 @@ from scaling.analysis.allocation.trend import (
     positive_rows,
     trend_of,
 )
-from scaling.analysis.frontier import on_frontier
+from scaling.analysis.fitting.frontier import on_frontier
 
 CURVE_POINTS = 1500
 """Levels of compute at which curves are compared (Hoffmann et al. 2022, section 3.1)."""
@@ -67,8 +67,12 @@ def envelope(
         0.5
     """
     rows = positive_rows(df, (factor, compute, y))
-    weights = cluster_weights(rows, cluster, n_boot, seed)
-    log_c, log_x, loss = np.log(column(rows, compute)), np.log(column(rows, factor)), column(rows, y)
+    weights, tail = cluster_weights(rows, cluster, n_boot, seed)
+    log_c, log_x, loss = (
+        np.log(column(rows, compute)),
+        np.log(column(rows, factor)),
+        column(rows, y),
+    )
     refused = f"{factor} is the same in every row" if np.ptp(log_x) == 0 else None
     if kind == "curves":
         if curve not in rows:
@@ -95,7 +99,7 @@ def envelope(
     ).sort_values(compute, ignore_index=True)
     warnings = _censored(best[0][there], log_x, factor)
     return trend_of(
-        1, factor, compute, points, at, best, present, refused=refused, warnings=warnings
+        1, factor, compute, points, at, best, present, tail=tail, refused=refused, warnings=warnings
     )
 
 

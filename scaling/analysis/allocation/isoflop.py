@@ -124,7 +124,7 @@ def isoflop(
         0.5
     """
     rows = positive_rows(df, (factor, compute, y, *others))
-    weights = cluster_weights(rows, cluster, n_boot, seed)
+    weights, tail = cluster_weights(rows, cluster, n_boot, seed)
     log_c = np.log(column(rows, compute))
     labels = _levels(log_c, tolerance, budgets)
     slices, at, vertices, good = [], [], [], []
@@ -158,7 +158,7 @@ def isoflop(
         2, factor, compute, points,
         np.array(at).T.reshape(shape), np.array(vertices).T.reshape(shape),
         np.array(good, dtype=np.float64).T.reshape(shape),
-        refused=refused, warnings=_warnings(used, factor),
+        tail=tail, refused=refused, warnings=_warnings(used, factor),
     )  # fmt: skip
     return IsoFlop(**vars(base), slices=tuple(slices))
 
@@ -223,7 +223,9 @@ def _slice(
         Slice(
             compute=float(np.exp(np.log(column(rows, compute)).mean())),
             profile=pd.DataFrame({factor: levels, y: lowest[0], "rows": weight[0].astype(int)}),
-            curve=(float(curves[0, 0]), float(curves[0, 1]), float(curves[0, 2])) if fitted else None,
+            curve=(float(curves[0, 0]), float(curves[0, 1]), float(curves[0, 2]))
+            if fitted
+            else None,
             centre=centre,
             vertex=float(np.exp(vertex[0] + centre)) if not reason[0] else None,
             refused=words[str(reason[0])],
@@ -274,8 +276,10 @@ def _warnings(used: Sequence[Slice], factor: str) -> tuple[str, ...]:
         thin += len(levels) == LEAST_LEVELS
         off += abs(np.log(part.vertex or np.nan) - part.centre) > OFF_CENTRE * half
     said = {
-        f"span more than a factor {WIDE:g} in {factor}: the vertex of a wide one is biased": wide,
-        "are not centred on their minimum: the vertex is biased towards the middle": off,
+        f"span more than a factor {WIDE:g} in {factor}, which biases the vertex, and the exponent "
+        "too where widths differ": wide,
+        "are not centred on their minimum, which biases the vertex, and the exponent too where "
+        "this drifts with compute": off,
         "have 3 levels, so that nothing tells whether they are parabolas": thin,
     }
     return tuple(f"{n} of {len(used)} profiles {text}" for text, n in said.items() if n)

@@ -119,9 +119,7 @@ def _polish(value: Value, at: Array, best: Array, axes: Sequence[Axis]) -> tuple
     middle = place[(0.0,) * d]
     rows = np.arange(len(at))
     for turn in range(NEWTON_STEPS):
-        room = np.stack(
-            [np.abs(at[:, k, None] - knots[k]).min(axis=1) for k in range(d)], axis=1
-        )
+        room = np.stack([np.abs(at[:, k, None] - knots[k]).min(axis=1) for k in range(d)], axis=1)
         fixed = room < 1e-9
         h = np.where(fixed, 0.0, np.minimum(room, STENCIL / 4**turn))
         near = at[:, None] + steps * h[:, None]

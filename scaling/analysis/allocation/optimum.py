@@ -15,7 +15,9 @@ from scipy.optimize import brentq
 
 from scaling.analysis.allocation.minimise import Axis, minimise
 from scaling.analysis.allocation.space import Space
-from scaling.analysis.allocation.trend import AllocationError, Array, Trend, trend_of
+from scaling.analysis.allocation.trend import AllocationError, Array, Mask, Trend, trend_of
+from scaling.analysis.fitting.intervals import tail as tail_of
+from scaling.analysis.fitting.law import LawFit
 
 WITHIN = 0.01
 """Relative excess loss that still counts as optimal."""
@@ -56,6 +58,7 @@ class Allocation:
             at a loss at most ``within`` above the lowest.
         within: that relative excess.
         cheapest: smallest share of the budget whose own optimum is within the region's loss.
+        tail: share of the draws beyond either end of the 95 % interval (``intervals.tail``).
         warnings: what a reader must know before using the numbers.
     """
 
@@ -68,20 +71,23 @@ class Allocation:
     region: pd.DataFrame
     within: float
     cheapest: float
+    tail: float
     warnings: tuple[str, ...]
 
-    def summary(self, level: float = 0.95) -> pd.DataFrame:
-        """One row a quantity, and ``loss``: ``optimum``, ``lower``, ``upper`` (percentiles over
-        draws), ``region_low``, ``region_high``, ``at_limit`` (share of draws at either limit)."""
+    def summary(self) -> pd.DataFrame:
+        """One row a quantity, and ``loss``.
+
+        Columns: ``optimum``, ``lower`` and ``upper`` (95 %), ``region_low`` and ``region_high``,
+        ``at_limit`` (share of draws at either limit).
+        """
         rows = {}
         for name in (*self.names, "loss"):
             row = {"optimum": float(self.point[name])}
             if len(self.draws) > 1:
-                ends = np.quantile(self.draws[name], [(1 - level) / 2, (1 + level) / 2])
+                ends = np.quantile(self.draws[name], [self.tail, 1 - self.tail])
                 row |= {"lower": float(ends[0]), "upper": float(ends[1])}
             if name in self.limits:
-                low, high = self.region.loc[name]
-                row |= {"region_low": float(low), "region_high": float(high)}
+                row |= {f"region_{end}": float(self.region[end][name]) for end in ("low", "high")}
                 if len(self.draws) > 1:
                     row["at_limit"] = float(self._at_limit(name).mean())
             rows[name] = row
@@ -103,10 +109,10 @@ class Allocation:
             "warnings": list(self.warnings),
         }
 
-    def _at_limit(self, name: str) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
+    def _at_limit(self, name: str) -> Mask:
         values = np.log(self.draws[name].to_numpy(dtype=np.float64))
         low, high = np.log(self.limits[name])
-        return (high > low) & ((values - low < AT_LIMIT) | (high - values < AT_LIMIT))
+        return np.asarray((high > low) & ((values - low < AT_LIMIT) | (high - values < AT_LIMIT)))
 
 
 def allocate(
@@ -158,6 +164,7 @@ def allocate(
         region=_region(law, space, budget, (1 + within) * loss[0], quantities[0]),
         within=within,
         cheapest=_cheapest(law, space, budget, (1 + within) * loss[0]),
+        tail=interval_tail(law),
         warnings=_warnings(space, budget, point, limits),
     )
 
@@ -220,7 +227,7 @@ class Frontier:
 
 
 def frontier(
-    law: Law, space: Space, budgets: Sequence[float], *, draws: int = FRONTIER_DRAWS
+    law: Law, space: Space, budgets: Sequence[float] | Array, *, draws: int = FRONTIER_DRAWS
 ) -> Frontier:
     """Optima at several budgets, and the power of compute with which each quantity grows.
 
@@ -231,16 +238,18 @@ def frontier(
         AllocationError: as ``allocate``.
     """
     levels = np.sort(np.asarray(budgets, dtype=np.float64))
-    rows, every = [], []
+    rows, every, tail = [], [], interval_tail(law)
     for budget in levels:
         quantities, loss = solve(law, space, budget)
-        each, losses = solve(law, space, budget, draws=draws) if draws else (quantities[:0], loss[:0])
+        each, losses = (
+            solve(law, space, budget, draws=draws) if draws else (quantities[:0], loss[:0])
+        )
         stacked = np.column_stack([np.vstack([quantities, each]), np.append(loss, losses)])
         row = {space.compute: float(budget)}
         for k, name in enumerate((*space.names, "loss")):
             row[name] = float(stacked[0, k])
             if len(each) > 1:
-                low, high = np.quantile(stacked[1:, k], [0.025, 0.975])
+                low, high = np.quantile(stacked[1:, k], [tail, 1 - tail])
                 row |= {f"{name}_lower": float(low), f"{name}_upper": float(high)}
         rows.append(row)
         every.append(stacked)
@@ -252,15 +261,24 @@ def frontier(
     for k, name in enumerate(space.names):
         low, high = limits[name]
         points = table[[space.compute, name, "loss"]].assign(reason=None)
-        held = np.mean([x >= high * (1 - AT_LIMIT) or x <= low * (1 + AT_LIMIT) for x in table[name]])
+        held = np.mean(
+            [x >= high * (1 - AT_LIMIT) or x <= low * (1 + AT_LIMIT) for x in table[name]]
+        )
         trends[name] = trend_of(
             3, name, space.compute, points, log_c, logs[:, :, k].T, np.ones(log_c.shape),
-            refused=f"{name} is fixed" if low == high
+            tail=tail, refused=f"{name} is fixed" if low == high
             else f"{name} is at a limit at every budget" if held == 1 else None,
             warnings=(f"{name} is at a limit at {held:.0%} of the budgets",) if 0 < held < 1
             else (),
         )  # fmt: skip
     return Frontier(table, space.compute, space.names, trends)
+
+
+def interval_tail(law: Law) -> float:
+    """Share of the law's draws beyond either end of a 95 % interval."""
+    if isinstance(law, LawFit):
+        return tail_of(0.95, law.n_clusters, law.surface.n_free)
+    return 0.025
 
 
 def _corner(space: Space) -> Array:

@@ -7,6 +7,7 @@ so that one number, ln ``n_total``, stands for a shape and for everything counte
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -126,7 +127,9 @@ def growing(shapes: Sequence[ModelConfig], vocab_size: int, n_views: int = 2) ->
     chains: dict[int, list[int]] = {}
     for i in order:
         before = [
-            c for j, c in chains.items() if table[j, 0] < table[i, 0] and (table[j] <= table[i]).all()
+            c
+            for j, c in chains.items()
+            if table[j, 0] < table[i, 0] and (table[j] <= table[i]).all()
         ]
         chains[i] = [*max(before, key=len, default=[]), i]
     return [distinct[i] for i in max(chains.values(), key=len, default=[])]
@@ -144,7 +147,7 @@ def between(shapes: Sequence[ModelConfig], *, width_step: int = 64) -> list[Mode
         width_step: of d.
     """
     found = dict.fromkeys(shapes)
-    for small, large in zip(shapes, shapes[1:], strict=False):
+    for small, large in pairwise(shapes):
         layers = sorted((small.layers, large.layers))
         widths = sorted((small.d_model, large.d_model))
         first = -(-widths[0] // width_step) * width_step

@@ -32,8 +32,8 @@ class Snapped:
     """Real configurations, the best first.
 
     Attributes:
-        table: one row a configuration: ``model``, ``layers``, ``d_model``, ``heads``, the columns of
-            ``Workload.rows``, ``spent`` (share of the budget), ``loss``, ``excess`` (over the
+        table: one row a configuration: ``model``, ``layers``, ``d_model``, ``heads``, the columns
+            of ``Workload.rows``, ``spent`` (share of the budget), ``loss``, ``excess`` (over the
             continuous optimum, relative) and, where the law has draws, ``share_within``: of draws
             under which its excess over that draw's own optimum is at most ``within``.
         within: the relative excess that counts as optimal.
@@ -49,7 +49,7 @@ class Snapped:
 
     @property
     def region(self) -> pd.DataFrame:
-        """Those whose excess is at most ``within``; which is cheapest to run is for others to say."""
+        """Those whose excess is at most ``within``."""
         return self.table[self.table["excess"] <= self.within]
 
     def to_dict(self, rows: int = 20) -> dict[str, Any]:
@@ -106,7 +106,9 @@ def snap(
     caps = _multiples(bounds["items_per_user"], items_step, None)
     numbers = shape_numbers(shapes, workload.card.vocab_size, workload.n_views)
     low, high = bounds["n_total"]
-    inside = (numbers.counts[:, 0] >= low * (1 - 1e-9)) & (numbers.counts[:, 0] <= high * (1 + 1e-9))
+    inside = (numbers.counts[:, 0] >= low * (1 - 1e-9)) & (
+        numbers.counts[:, 0] <= high * (1 + 1e-9)
+    )
     chosen = []
     for i in np.flatnonzero(inside):
         mesh = [m.ravel() for m in np.meshgrid(batches, caps, indexing="ij")]
@@ -146,7 +148,7 @@ def snap(
 
 
 def _multiples(bounds: tuple[float, float], step: int, most: int | None) -> Array:
-    """Whole multiples of a step within bounds; where there are none, the whole numbers at the ends."""
+    """Whole multiples of a step within bounds; if there are none, the whole numbers at the ends."""
     low, high = int(np.ceil(bounds[0] - 1e-9)), int(np.floor(bounds[1] + 1e-9))
     first, last = -(-low // step), high // step
     if last < first:

@@ -1,4 +1,4 @@
-"""What an allocation is chosen in, and the textbook's case of it: compute is a product of factors."""
+"""What an allocation is chosen in, and the textbook's case: compute is a product of factors."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -76,7 +76,9 @@ class ProductSpace:
 
     def axes(self, budget: float) -> tuple[Axis, ...]:
         rest = list(self.factors)[1:]
-        return tuple(Axis(n, (np.log(self.factors[n][0]), np.log(self.factors[n][1]))) for n in rest)
+        return tuple(
+            Axis(n, (np.log(self.factors[n][0]), np.log(self.factors[n][1]))) for n in rest
+        )
 
     def spend(self, at: Array, budget: float) -> tuple[Array, Mask]:
         first, *rest = self.factors

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from scaling import ClueError
+from scaling.analysis.fitting.intervals import resampled_weights
+from scaling.analysis.fitting.intervals import tail as tail_of
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -35,6 +37,7 @@ class Trend:
         exponent, intercept: None where ``refused``.
         exponents, intercepts: ``[draws]``, those bootstrap draws that gave one.
         draws_failed: those that did not.
+        tail: share of the draws beyond either end of the 95 % interval (``intervals.tail``).
         refused: why there is no exponent; None where there is one.
         warnings: what biases it or makes it doubtful.
     """
@@ -48,18 +51,20 @@ class Trend:
     exponents: Array
     intercepts: Array
     draws_failed: int
+    tail: float
     refused: str | None
     warnings: tuple[str, ...]
 
-    def ci(self, level: float = 0.95) -> tuple[float, float] | None:
-        """Percentile interval of the exponent; None without enough draws (``DRAWS_NEEDED``)."""
+    def ci(self) -> tuple[float, float] | None:
+        """95 % interval of the exponent; None without enough draws (``DRAWS_NEEDED``)."""
         if self.exponent is None or not self._enough_draws():
             return None
-        low, high = np.quantile(self.exponents, [(1 - level) / 2, (1 + level) / 2])
+        low, high = np.quantile(self.exponents, [self.tail, 1 - self.tail])
         return float(low), float(high)
 
-    def predict(self, compute: Sequence[float] | Array, level: float = 0.95) -> pd.DataFrame:
-        """x* at given compute: columns ``compute``'s and the factor's name, ``lower``, ``upper``.
+    def predict(self, compute: Sequence[float] | Array) -> pd.DataFrame:
+        """x* at given compute: columns ``compute``'s and the factor's name, ``lower``, ``upper`` of
+        its 95 % interval.
 
         Raises:
             AllocationError: there is no exponent.
@@ -71,7 +76,7 @@ class Trend:
         table = pd.DataFrame({self.compute: c, self.factor: x})
         if self._enough_draws():
             spread = np.exp(self.intercepts[:, None] + self.exponents[:, None] * np.log(c))
-            low, high = np.quantile(spread, [(1 - level) / 2, (1 + level) / 2], axis=0)
+            low, high = np.quantile(spread, [self.tail, 1 - self.tail], axis=0)
             table = table.assign(lower=low, upper=high)
         return table
 
@@ -111,7 +116,8 @@ def fit_lines(log_c: Array, log_x: Array, weights: Array) -> tuple[Array, Array]
     """
     there = weights > 0
     levels = np.sort(np.where(there, log_c, np.inf), axis=1)
-    steps = (np.diff(levels, axis=1) > 1e-12) & np.isfinite(levels[:, 1:])
+    with np.errstate(invalid="ignore"):  # of two levels that are not there
+        steps = (np.diff(levels, axis=1) > 1e-12) & np.isfinite(levels[:, 1:])
     enough = there.any(axis=1) & (1 + steps.sum(axis=1) >= LEAST_POINTS)
     total = np.where(enough, weights.sum(axis=1), 1.0)
     c, x = np.where(there, log_c, 0.0), np.where(there, log_x, 0.0)
@@ -132,6 +138,7 @@ def trend_of(
     log_x: Array,
     weights: Array,
     *,
+    tail: float,
     refused: str | None = None,
     warnings: tuple[str, ...] = (),
 ) -> Trend:
@@ -140,6 +147,7 @@ def trend_of(
     Args:
         log_c, log_x, weights: ``[1 + draws, m]`` as ``fit_lines`` takes them; row 0 is the point
             estimate.
+        tail: of the trend.
         refused: a reason that stands before any fit.
     """
     slope, intercept = fit_lines(log_c, log_x, weights)
@@ -160,6 +168,7 @@ def trend_of(
         exponents=slope[1:][good],
         intercepts=intercept[1:][good],
         draws_failed=int((~good).sum()) if refused is None else 0,
+        tail=tail,
         refused=refused,
         warnings=warnings,
     )
@@ -184,7 +193,7 @@ def positive_rows(df: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     rows = df[((values > 0) & np.isfinite(values)).all(axis=1)]
     if rows.empty:
         raise AllocationError(f"no row has positive {', '.join(columns)}; the table has {len(df)}")
-    return rows
+    return pd.DataFrame(rows)
 
 
 def column(df: pd.DataFrame, name: str) -> Array:
@@ -195,15 +204,16 @@ def column(df: pd.DataFrame, name: str) -> Array:
 
 def cluster_weights(
     df: pd.DataFrame, cluster: str | None, n_boot: int, seed: int
-) -> npt.NDArray[np.float64]:
-    """``[1 + n_boot, rows]`` how often each row counts: once, then in bootstrap draws.
+) -> tuple[Array, float]:
+    """How often each row counts, ``[1 + n_boot, rows]``: once, then in bootstrap draws; and the
+    share of the draws beyond either end of a 95 % interval of a line.
 
     Args:
         cluster: column of the units that are resampled; ``auto``: ``run_key`` where the table has
             it, else every row; None: every row.
 
     Raises:
-        AllocationError: the table has no such column.
+        AllocationError: the table has no such column, or it is null somewhere.
     """
     name = ("run_key" if "run_key" in df else None) if cluster == "auto" else cluster
     if name is not None and name not in df:
@@ -211,7 +221,11 @@ def cluster_weights(
             f"the table has no column {name!r} to resample; pass cluster=None if every row is a "
             "unit of its own"
         )
+    if name is not None and df[name].isna().any():
+        raise AllocationError(
+            f"column {name!r}, to resample, is null in {int(df[name].isna().sum())} rows; pass "
+            "cluster=None if every row is a unit of its own"
+        )
     codes = np.arange(len(df)) if name is None else pd.factorize(df[name])[0]
-    n = int(codes.max()) + 1
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot)
-    return np.vstack([np.ones(len(df)), draws[:, codes].astype(np.float64)])
+    draws = resampled_weights(codes, n_boot, np.random.default_rng(seed))
+    return np.vstack([np.ones(len(df)), draws]), tail_of(0.95, int(codes.max()) + 1, n_free=2)

@@ -145,15 +145,10 @@ class Workload:
             elif name == "batch_size" and self.limits.user_price is None:
                 once = self.n_users / self.steps
                 knots |= {once} if low < once < high else set()
-            if self._rest is None:
-                ends = np.log(np.array([[low], [high]]))
-                fixed = self._quantities(np.empty((1, 0)))
-                top, possible = largest(
-                    lambda x, q=fixed, n=name: self._cost(self._with(q, n, np.exp(x))),
-                    ends[0], ends[1], budget,
-                )  # fmt: skip
-                top_value = float(np.exp(top[0])) if possible[0] else low
-                knots = {k for k in knots if k < top_value} | {top_value}
+            if self._rest is None:  # it ends where the budget does
+                start = self._quantities(np.empty((1, 0)))
+                top = float(self.raised(start, name, budget)[0, self.names.index(name)])
+                knots = {k for k in knots if k < top} | {top}
             axes.append(Axis(name, tuple(float(np.log(k)) for k in sorted(knots))))
         return tuple(a for a in axes if len(a.knots) > 1)
 
@@ -196,7 +191,9 @@ class Workload:
         columns = {
             **counts,
             "batch_size": batch_size,
-            "negatives": batch_size if self.negatives is None else np.full(len(met), self.negatives),
+            "negatives": batch_size
+            if self.negatives is None
+            else np.full(len(met), self.negatives),
             "items_per_user": items_per_user,
             "items_per_user_mean": self._interpolate(self._means, items_per_user),
             "sequence_length": sequence,
@@ -215,7 +212,7 @@ class Workload:
         return pd.DataFrame(columns)
 
     def cost(self, rows: pd.DataFrame) -> Array:
-        """What rows of ``rows`` take out of the budget: compute and, at a price, users. [PF-days]"""
+        """What configurations take of the budget: compute and, at a price, users. [PF-days]"""
         price = self.limits.user_price or 0.0
         total: Array = (rows[self.compute] + price * rows["n_users"]).to_numpy(dtype=np.float64)
         return total
@@ -244,9 +241,7 @@ class Workload:
     def _quantities(self, at: Array) -> Array:
         """Quantities at coordinates; what is not searched for is at its lower limit."""
         given = dict(zip(self._searched, np.exp(at.T), strict=False))
-        columns = [
-            given.get(name, np.full(len(at), self._bounds[name][0])) for name in self.names
-        ]
+        columns = [given.get(name, np.full(len(at), self._bounds[name][0])) for name in self.names]
         if "n_users" in self.names:
             share = given.get("n_users", np.ones(len(at)))
             columns[-1] = np.minimum(share * columns[1] * self.steps, self.n_users)
