@@ -10,6 +10,7 @@ import sys
 
 try:  # Ctrl-C in the first tenths of a second finds Python here
     from scaling.cli import (  # noqa: F401  (their verbs)
+        allocate,
         baselines,
         corpora,
         embed,

@@ -27,7 +27,7 @@ where a folder should be."""
 
 VERBS = (
     "prepare", "plan", "submit", "sync", "status", "cancel", "logs", "train", "embed", "transfer",
-    "baselines", "collect", "fit", "rollout", "figures", "doctor", "corpus", "demo",
+    "baselines", "collect", "fit", "rollout", "allocate", "figures", "doctor", "corpus", "demo",
 )  # fmt: skip
 """In the order of the work."""
 

@@ -136,7 +136,7 @@ def flat_region(
         )  # fmt: skip
     if snapped is not None:
         inside = snapped.region
-        ax.plot(inside[x], inside[y], "+", color="white", markersize=5, label="real, in the region")
+        ax.plot(inside[x], inside[y], "+", color="0.1", markersize=4, label="real, in the region")
     ax.plot(chosen.point[x], chosen.point[y], "*", color="C1", markersize=13, label="optimum")
     ax.set_xscale("log")
     ax.set_yscale("log")

@@ -24,7 +24,7 @@ LEVELS = 400
 LISTED = 1000
 """Configurations that are listed at most, the best."""
 SPENT = 0.5
-"""Configurations that use less of the budget than this are not listed."""
+"""Configurations that use less than this of what the optimum spends are not listed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,19 +109,19 @@ def snap(
     inside = (numbers.counts[:, 0] >= low * (1 - 1e-9)) & (
         numbers.counts[:, 0] <= high * (1 + 1e-9)
     )
-    chosen = []
+    least, chosen = SPENT * float(allocation.point[allocation.compute]), []
     for i in np.flatnonzero(inside):
         mesh = [m.ravel() for m in np.meshgrid(batches, caps, indexing="ij")]
         own = numbers.take(np.full(len(mesh[0]), i))
         cost = workload.cost(workload.rows(own, *mesh)).reshape(len(batches), len(caps))
-        fits = (cost <= allocation.budget) & (cost >= SPENT * allocation.budget)
+        fits = (cost <= allocation.budget) & (cost >= least)
         largest = len(caps) - 1 - fits[:, ::-1].argmax(axis=1)
         for k in np.flatnonzero(fits.any(axis=1)):
             chosen.append((i, batches[k], caps[largest[k]]))
     if not chosen:
         raise AllocationError(
             f"none of {int(inside.sum())} shapes, {len(batches)} batch sizes and {len(caps)} caps "
-            f"on items uses between {SPENT:.0%} and all of {allocation.budget:g} PF-days"
+            f"on items uses between {least:.3g} and {allocation.budget:g} PF-days"
         )
     index = np.array([c[0] for c in chosen], dtype=np.intp)
     table = workload.rows(
