@@ -121,13 +121,12 @@ def flat_region(
     order = np.argsort(excess[near], kind="stable")
     _, first = np.unique(places[order], axis=0, return_index=True)
     kept = order[first]
-    px, py = np.exp(places[kept]).T
     # triangles in logarithms, as the axes are
-    triangles = mpl.tri.Triangulation(*places[kept].T).triangles
+    triangles = mpl.tri.Triangulation(*places[kept].T)
+    triangles.x, triangles.y = np.exp(places[kept]).T
     drawn = ax.tricontourf(
-        px, py, np.maximum(excess[near][kept], 0.0), triangles=triangles, levels=EXCESS,
-        cmap="viridis_r", alpha=0.8,
-    )  # fmt: skip
+        triangles, np.maximum(excess[near][kept], 0.0), levels=EXCESS, cmap="viridis_r", alpha=0.8
+    )
     ax.figure.colorbar(drawn, ax=ax, label="excess loss", format=lambda v, _: f"{v:.1%}")
     if len(chosen.draws):
         ax.plot(

@@ -6,14 +6,15 @@ ever evaluated together, as ``predict_draws`` does: every draw at every point as
 search works on a lattice, on which draws whose minima lie close together ask for the same points.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from scaling.analysis.allocation.trend import AllocationError, Array
+from scaling.analysis.allocation.trend import AllocationError, Array, Mask
 
 CELLS = {0: 0, 1: 96, 2: 32, 3: 14}
 """Lattice cells an axis at the coarsest level, by the number of axes."""
@@ -21,10 +22,12 @@ LEVELS = 5
 """Times that the lattice is halved."""
 MOVES = 12
 """Steps at most on each level."""
-NEWTON_STEPS = 4
-"""Newton steps that end the search, where the function is smooth."""
-STENCIL = 0.02
-"""Spacing of the differences of the first; a quarter of it in each one after. [ln units]"""
+STENCILS = (0.02, 0.02, 0.02, 0.005, 0.00125)
+"""Spacings of the differences of the Newton steps that end the search. [ln units]"""
+LONGEST = 1.0
+"""Length at most of a Newton step. [ln units]"""
+SHORTENED = (1.0, 0.3, 0.1)
+"""Shares of a Newton step that are tried until the value falls."""
 
 Value = Callable[[Array], Array]
 """Coordinates ``[m, d]`` to values ``[S, m]``, infinite where not allowed."""
@@ -114,53 +117,60 @@ def _polish(value: Value, at: Array, best: Array, axes: Sequence[Axis]) -> tuple
     """Newton steps in the coordinates that are not on a knot; kept where they lower the value."""
     d = len(axes)
     knots = [np.array(axis.knots) for axis in axes]
+    low, high = np.array([k[[0, -1]] for k in knots]).T
     steps = np.array(list(product((-1, 0, 1), repeat=d)), dtype=np.float64)
-    place = {tuple(step): i for i, step in enumerate(steps)}
-    middle = place[(0.0,) * d]
-    rows = np.arange(len(at))
-    for turn in range(NEWTON_STEPS):
+    at, best, rows = at.copy(), best.copy(), np.arange(len(at))
+    for stencil in STENCILS:
         room = np.stack([np.abs(at[:, k, None] - knots[k]).min(axis=1) for k in range(d)], axis=1)
         fixed = room < 1e-9
-        h = np.where(fixed, 0.0, np.minimum(room, STENCIL / 4**turn))
+        h = np.where(fixed, 0.0, np.minimum(room, stencil))
         near = at[:, None] + steps * h[:, None]
         # one call for all draws, of which each draw reads its own points
         values = value(near.reshape(-1, d)).reshape(len(at), *near.shape[:2])[rows, rows]
-        gradient, hessian = np.zeros((len(at), d)), np.zeros((len(at), d, d))
-        spacing = np.where(fixed, 1.0, h)
-        for k in range(d):
-            up, down = values[:, _at(place, d, k)], values[:, _at(place, d, k, -1)]
-            gradient[:, k] = (up - down) / (2 * spacing[:, k])
-            hessian[:, k, k] = (up - 2 * values[:, middle] + down) / spacing[:, k] ** 2
-            for j in range(k):
-                cross = sum(
-                    a * b * values[:, place[tuple(_offset(d, {k: a, j: b}))]]
-                    for a in (-1, 1)
-                    for b in (-1, 1)
-                )
-                hessian[:, k, j] = hessian[:, j, k] = cross / (4 * spacing[:, k] * spacing[:, j])
-        hessian[fixed[:, :, None] | fixed[:, None, :]] = 0.0
-        diagonal = np.einsum("skk->sk", hessian)
-        diagonal[fixed] = 1.0
-        gradient[fixed] = 0.0
-        smooth = np.isfinite(values).all(axis=1)
-        hessian[~smooth], gradient[~smooth] = np.eye(d), 0.0
-        convex = np.linalg.eigvalsh(hessian)[:, 0] > 0
-        hessian[~convex], gradient[~convex] = np.eye(d), 0.0
-        move = -np.linalg.solve(hessian, gradient[..., None])[..., 0]
-        low, high = np.array([k[[0, -1]] for k in knots]).T
-        target = np.clip(at + np.clip(move, -10 * STENCIL, 10 * STENCIL), low, high)
-        new = value(target)[rows, rows]
-        better = new <= best
-        at, best = np.where(better[:, None], target, at), np.where(better, new, best)
+        move = _newton(values, h, fixed)
+        length = np.linalg.norm(move, axis=1, keepdims=True)
+        move *= np.minimum(1.0, LONGEST / np.maximum(length, LONGEST))
+        left = rows
+        for share in SHORTENED:
+            target = np.clip(at[left] + share * move[left], low, high)
+            new = value(target)[left, np.arange(len(left))]
+            better = new <= best[left]
+            at[left[better]], best[left[better]] = target[better], new[better]
+            left = left[~better]
+            if not len(left):
+                break
     return at, best
 
 
-def _offset(d: int, where: dict[int, int]) -> Array:
-    step = np.zeros(d)
-    for k, sign in where.items():
-        step[k] = sign
-    return step
+def _newton(values: Array, h: Array, fixed: Mask) -> Array:
+    """Newton's steps ``[S, d]`` by central differences; none where it would not lead down.
 
+    Args:
+        values: ``[S, 3^d]`` over the products of (-h, 0, h), the last coordinate fastest.
+        h, fixed: ``[S, d]`` spacings, and the coordinates that are held.
+    """
+    n, d = h.shape
+    smooth = np.isfinite(values).all(axis=1)
+    cube = np.where(smooth[:, None], values, 0.0).reshape(n, *(3,) * d)
 
-def _at(place: dict[tuple[float, ...], int], d: int, k: int, sign: int = 1) -> int:
-    return place[tuple(_offset(d, {k: sign}))]
+    def along(offsets: Mapping[int, int]) -> Array:
+        place: Any = (slice(None), *(1 + offsets.get(k, 0) for k in range(d)))
+        return np.asarray(cube[place])
+
+    spacing = np.where(fixed, 1.0, h)
+    gradient, hessian = np.zeros((n, d)), np.zeros((n, d, d))
+    for k in range(d):
+        up, down = along({k: 1}), along({k: -1})
+        gradient[:, k] = (up - down) / (2 * spacing[:, k])
+        hessian[:, k, k] = (up - 2 * along({}) + down) / spacing[:, k] ** 2
+        for j in range(k):
+            cross = along({k: 1, j: 1}) - along({k: 1, j: -1}) - along({k: -1, j: 1})
+            cross = (cross + along({k: -1, j: -1})) / (4 * spacing[:, k] * spacing[:, j])
+            hessian[:, k, j] = hessian[:, j, k] = cross
+    held: Mask = np.logical_or(fixed, ~smooth[:, None])
+    gradient[held] = 0.0
+    hessian[held[:, :, None] | held[:, None, :]] = 0.0
+    np.einsum("skk->sk", hessian)[held] = 1.0
+    convex = np.linalg.eigvalsh(hessian)[:, 0] > 0
+    hessian[~convex], gradient[~convex] = np.eye(d), 0.0
+    return -np.asarray(np.linalg.solve(hessian, gradient[..., None])[..., 0])

@@ -54,7 +54,7 @@ class ProductSpace:
         powers: power of a factor in C; 1 where none is given.
 
     Raises:
-        AllocationError: fewer than two factors, or limits that are none.
+        AllocationError: fewer than two factors, limits that are none, or nothing to choose.
     """
 
     factors: Mapping[str, tuple[float, float]]
@@ -66,27 +66,33 @@ class ProductSpace:
         if len(self.factors) < 2:
             raise AllocationError(f"{', '.join(self.factors)}: compute is of at least two factors")
         check_bounds(self.factors)
+        if not self._free:
+            raise AllocationError(f"{', '.join(self.factors)} are all fixed")
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.factors)
 
+    @property
+    def _free(self) -> list[str]:
+        return [name for name, (low, high) in self.factors.items() if high > low]
+
     def bounds(self) -> dict[str, tuple[float, float]]:
         return dict(self.factors)
 
     def axes(self, budget: float) -> tuple[Axis, ...]:
-        rest = list(self.factors)[1:]
-        return tuple(
-            Axis(n, (np.log(self.factors[n][0]), np.log(self.factors[n][1]))) for n in rest
-        )
+        ends = ((name, self.factors[name]) for name in self._free[1:])
+        return tuple(Axis(name, (np.log(low), np.log(high))) for name, (low, high) in ends)
 
     def spend(self, at: Array, budget: float) -> tuple[Array, Mask]:
-        first, *rest = self.factors
-        powers = np.array([self.powers.get(name, 1.0) for name in rest])
-        log_x = (np.log(budget / self.unit) - at @ powers) / self.powers.get(first, 1.0)
-        low, high = np.log(self.factors[first])
-        quantities = np.exp(np.column_stack([np.minimum(log_x, high), at]))
-        return quantities, log_x >= low - SOLVED
+        first, *searched = self._free
+        given = dict(zip(searched, np.exp(at.T), strict=True))
+        low, high = self.factors[first]
+        start = [given.get(n, np.full(len(at), self.factors[n][0])) for n in self.names]
+        cost = self.columns(np.column_stack(start))[self.compute].to_numpy()
+        value = low * (budget / cost) ** (1 / self.powers.get(first, 1.0))
+        start[self.names.index(first)] = np.clip(value, low, high)
+        return np.column_stack(start), value >= low * (1 - SOLVED)
 
     def raised(self, quantities: Array, name: str, budget: float) -> Array:
         k, power = self.names.index(name), self.powers.get(name, 1.0)
