@@ -150,7 +150,7 @@ def _newton(values: Array, h: Array, fixed: Mask) -> Array:
         h, fixed: ``[S, d]`` spacings, and the coordinates that are held.
     """
     n, d = h.shape
-    smooth = np.isfinite(values).all(axis=1)
+    smooth: Mask = np.asarray(np.isfinite(values).all(axis=1))
     cube = np.where(smooth[:, None], values, 0.0).reshape(n, *(3,) * d)
 
     def along(offsets: Mapping[int, int]) -> Array:
@@ -167,7 +167,7 @@ def _newton(values: Array, h: Array, fixed: Mask) -> Array:
             cross = along({k: 1, j: 1}) - along({k: 1, j: -1}) - along({k: -1, j: 1})
             cross = (cross + along({k: -1, j: -1})) / (4 * spacing[:, k] * spacing[:, j])
             hessian[:, k, j] = hessian[:, j, k] = cross
-    held: Mask = np.logical_or(fixed, ~smooth[:, None])
+    held: Mask = np.asarray(np.logical_or(fixed, ~smooth[:, None]))
     gradient[held] = 0.0
     hessian[held[:, :, None] | held[:, None, :]] = 0.0
     np.einsum("skk->sk", hessian)[held] = 1.0
