@@ -2,7 +2,7 @@
 
 The vertex of a parabola is not the minimum of a profile that is no parabola. On noise-free sums of
 power laws the vertex is off where the two exponents differ, the more so the wider the profile and
-the further its middle lies from the minimum (arXiv 2603.22339); ``approaches`` measures this bias
+the further its middle lies from the minimum (Czech et al. 2026); ``approaches`` measures this bias
 on the joint law.
 """
 
