@@ -11,7 +11,7 @@ from scaling.analysis.allocation.isoflop import IsoFlop
 from scaling.analysis.allocation.optimum import Allocation, Frontier, Law, evaluate
 from scaling.analysis.allocation.snap import Snapped
 from scaling.analysis.allocation.space import Space
-from scaling.analysis.allocation.trend import Trend, column
+from scaling.analysis.allocation.trend import AllocationError, Trend, column
 from scaling.analysis.figures import LABELS, MARKERS, STYLE
 
 EXCESS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05)
@@ -107,9 +107,17 @@ def flat_region(
     What is not on the axes takes the rest of the budget; where it leaves a choice, the best one.
     Contours of relative excess loss, the optimum (star), the optima of the draws (grey), and the
     real configurations within the region (crosses).
+
+    Raises:
+        AllocationError: the budget leaves another number of quantities to choose than two.
     """
-    ax = ax or _axes()
     axes = space.axes(chosen.budget)
+    if len(axes) != 2:
+        raise AllocationError(
+            "a map needs a budget that leaves two quantities to choose, and here it leaves "
+            f"{len(axes)}"
+        )
+    ax = ax or _axes()
     lines = [axis.nodes(NODES - 1) for axis in axes]
     mesh = np.meshgrid(*lines, indexing="ij")
     at = np.stack([m.ravel() for m in mesh], axis=1)

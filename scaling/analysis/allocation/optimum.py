@@ -137,10 +137,6 @@ def allocate(
     Raises:
         AllocationError: nothing within the limits costs as little as the budget, the law is not a
             positive number there, or the budget is not positive.
-
-    Example:
-        >>> space = ProductSpace({"n": (1e3, 1e9), "d": (1e3, 1e9)}, unit=6.0)
-        >>> chosen = allocate(law, space, 6e12)  # doctest: +SKIP
     """
     if not 0 < budget < np.inf:
         raise AllocationError(f"budget = {budget:g}; valid: positive and finite")
