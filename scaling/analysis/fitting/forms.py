@@ -9,9 +9,11 @@ factors, each a function of one column. ``Form.parse`` reads
     E - exp(loss)                       E - A e^(-rate loss)
 
 and the parts of ``PARTS`` wherever a column may stand. Each term has one coefficient and each
-factor its own parameters; a name stands for a column, never for a number.
+factor its own parameters; a name stands for a column, never for a number. A column whose name is
+not a plain word, or is E, stands in backticks.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +23,8 @@ import numpy as np
 from scaling import ClueError
 from scaling.analysis.fitting.jets import Array, Jet, exp, implicit, log, softplus
 
+_PLAIN = re.compile(r"[A-Za-z_][\w.]*")
+"""Names that a form holds as they are; all others stand in backticks."""
 EXPONENT_BOUNDS = (1e-4, 10.0)
 """Default bounds of a decreasing power's exponent."""
 
@@ -35,8 +39,9 @@ class Parameter:
 
     Attributes:
         stem: public name without the column.
-        bounds: default lower and upper bound.
-        starts: range of the starts.
+        bounds: default lower and upper bound; of a position or shift relative to the data's.
+        starts: range of the starts; of a position or shift relative to the data's: 0 is the
+            smallest and 1 the largest fitted value, a shift is e^starts of their distance.
         logs: whether starts are spread evenly in the logarithm.
         either_sign: whether starts take both signs.
         public: what theta stands for: ``theta`` itself (``same``), e^theta (``exp``), the position
@@ -59,13 +64,14 @@ class Axis:
     Attributes:
         centre: mean of ln x, or of x on a raw axis, over the fitted rows (0 or the logarithm of a
             fixed scale where a constraint needs it).
-        spread: standard deviation of a raw axis; 1 on a log axis.
-        low: smallest fitted value of a raw axis; 0 on a log axis.
+        spread: standard deviation of a raw axis (1 where a constraint needs it); 1 on a log axis.
+        low, high: smallest and largest fitted value, of x or of ln x.
     """
 
     centre: float
     spread: float = 1.0
     low: float = 0.0
+    high: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -141,15 +147,21 @@ def _saturating(p: Sequence[Jet], x: Sequence[Array]) -> Jet:
 
 
 def _saturation(a: Array, w: Array) -> Array:
-    """t with a softplus(t) - softplus(-t) = w, which rises in t with a slope between 1 and a."""
+    """t with a softplus(t) - softplus(-t) = t + (a - 1) softplus(t) = w.
+
+    The left side rises with a slope that goes from 1 to a: Newton's steps cannot overshoot twice.
+    """
     a, w = np.broadcast_arrays(a, w)
-    t = np.where(w < 0, w, w / a)
+    bend = w - (a - 1.0) * np.log(2.0)  # its sign is that of t
+    t = np.where(bend < 0, bend, bend / a)
     for _ in range(60):
         share = 0.5 * (1.0 + np.tanh(0.5 * t))
-        residual = a * np.logaddexp(0, t) - np.logaddexp(0, -t) - w
-        step = residual / (a * share + 1.0 - share)
+        # softplus(t) = max(t, 0) - ln max(share, 1 - share)
+        soft = np.maximum(t, 0.0) - np.log(np.maximum(share, 1.0 - share))
+        step = (t + (a - 1.0) * soft - w) / (1.0 + (a - 1.0) * share)
         t = t - step
-        if not np.any(np.abs(step) > 1e-14 * (1.0 + np.abs(t))):
+        # steps are squared from one to the next, so that after this one the rest is rounding
+        if not np.any(np.abs(step) > 1e-8 * (1.0 + np.abs(t))):
             break
     return np.asarray(t)
 
@@ -180,13 +192,13 @@ PARTS: Mapping[str, Part] = {
             Parameter(
                 "rate", (-50.0, 50.0), (0.3, 10.0), logs=True, either_sign=True, public="rate"
             ),
-            Parameter("midpoint", (-10.0, 10.0), (-2.0, 2.0), public="position"),
+            Parameter("midpoint", (-10.0, 10.0), (-0.2, 1.2), public="position"),
         ),
         _sigmoid, lambda p, axis: 0.0 * p[0],
     ),
     "shifted": Part(
         "shifted(x)", "({x} + {shift})^-{exponent}", ("above",),
-        (_ANY_EXPONENT, Parameter("shift", (-12.0, 5.0), (-5.0, 2.0), public="shift")),
+        (_ANY_EXPONENT, Parameter("shift", (-12.0, 5.0), (-6.0, 1.0), public="shift")),
         _shifted, lambda p, axis: p[0] * np.log(axis.spread),
     ),
     "broken": Part(
@@ -195,7 +207,7 @@ PARTS: Mapping[str, Part] = {
         (
             Parameter("exponent", (-10.0, 10.0), (0.02, 2.0), logs=True),
             Parameter("change", (-10.0, 10.0), (0.02, 2.0), logs=True, either_sign=True),
-            Parameter("break", (-30.0, 30.0), (-2.0, 2.0), public="log_position"),
+            Parameter("break", (-30.0, 30.0), (0.0, 1.0), public="log_position"),
             Parameter("sharpness", (-5.0, 2.0), (-3.0, 0.5), public="exp"),
         ),
         _broken, _centred,
@@ -205,7 +217,7 @@ PARTS: Mapping[str, Part] = {
         ("log",),
         (
             EXPONENT,
-            Parameter("midpoint", (-60.0, 60.0), (-4.0, 4.0), public="log_position"),
+            Parameter("midpoint", (-60.0, 60.0), (-0.5, 1.5), public="log_position"),
             Parameter("sharpness", (-4.0, 4.0), (-1.5, 1.5), public="exp"),
         ),
         _saturating, lambda p, axis: 0.0 * p[0],
@@ -253,10 +265,11 @@ class Factor:
         return (first, *rest * self.breaks) if self.kind == "broken" else self.part.parameters
 
     def __str__(self) -> str:
+        columns = [c if _PLAIN.fullmatch(c) and c != "E" else f"`{c}`" for c in self.columns]
         if self.kind == "power":
-            return self.columns[0]
+            return columns[0]
         extra = (str(self.breaks),) if self.breaks > 1 else ()
-        return f"{self.kind}({', '.join((*self.columns, *extra))})"
+        return f"{self.kind}({', '.join((*columns, *extra))})"
 
 
 @dataclass(frozen=True)
@@ -294,9 +307,18 @@ class Form:
     outer: bool = False
 
     def __post_init__(self) -> None:
+        if not self.terms:
+            raise FormError("a law needs a term")
+        for column in self.columns:
+            if not column or "`" in column:
+                raise FormError(f"{column!r} cannot be the name of a column in a form")
         names = [term.label for term in self.terms]
         if len(set(names)) != len(names):
             raise FormError(f"{self}: two terms have the same columns")
+        for term in self.terms:
+            held = [(f.columns[0], p.stem) for f in term.factors for p in f.part.parameters]
+            if len(set(held)) != len(held):
+                raise FormError(f"{self}: two factors of {term} have the same parameters")
         if any(t.is_line and len(t.factors) > 1 for t in self.terms):
             raise FormError(f"{self}: line(x) is a term of its own, not a factor")
         if self.outer and any(t.sign < 0 or t.is_line for t in self.terms):

@@ -116,6 +116,8 @@ def implicit(root: Array, equation: Callable[[Jet], tuple[Jet, Jet]]) -> Jet:
     s = Jet(root)
     for _ in range(2):
         residual, slope = equation(s)
+        if not residual.grad:  # no parameter is differentiated by
+            break
         s = s - residual * reciprocal(slope)
     return s
 

@@ -100,6 +100,8 @@ class Objective:
 def huber(r: Array, delta: float) -> Array:
     """r^2 / 2 where |r| <= delta, delta (|r| - delta / 2) beyond."""
     size = np.abs(r)
+    with np.errstate(over="ignore"):  # a wild start; infinite is what it shall be
+        square = 0.5 * size**2
     if np.isinf(delta):
-        return np.asarray(0.5 * size**2)
-    return np.asarray(np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta)))
+        return np.asarray(square)
+    return np.asarray(np.where(size <= delta, square, delta * (size - 0.5 * delta)))

@@ -132,8 +132,8 @@ def inward_slot(
 ) -> float:
     """A fixed value or bound in the solver's coordinates (coefficients have their origin at 0)."""
     if slot.term < 0:
-        return value
-    if is_coefficient(slot):
+        inner = value
+    elif is_coefficient(slot):
         with np.errstate(divide="ignore", invalid="ignore"):
             inner = float(np.log(value))
     else:
@@ -144,7 +144,14 @@ def inward_slot(
     return inner
 
 
-def default_bounds(form: Form, slot: Slot, y: Array, log_scale: bool) -> tuple[float, float]:
+def default_bounds(
+    form: Form, axes: Sequence[Sequence[Sequence[Axis]]], slot: Slot, y: Array, at_centre: bool
+) -> tuple[float, float]:
+    """Bounds in the solver's coordinates.
+
+    Args:
+        at_centre: whether a coefficient is the size of its term at the centre of positive data.
+    """
     if slot.name == OUTER:
         return OUTER_BOUNDS
     low, high = float(y.min()), float(y.max())
@@ -158,11 +165,37 @@ def default_bounds(form: Form, slot: Slot, y: Array, log_scale: bool) -> tuple[f
     if is_coefficient(slot):
         term = form.terms[slot.term]
         pure = all(f.kind == "power" for f in term.factors) and not form.outer
-        if log_scale and pure and term.sign > 0:
+        if at_centre and pure and term.sign > 0:
             return float(np.log(low)) - TERM_DEPTH, float(np.log(high)) + 5.0
         middle = float(np.log(max(abs(low), abs(high))))
         return middle - WIDE, middle + WIDE
-    return form.terms[slot.term].factors[slot.factor].parameters[slot.index].bounds
+    parameter = form.terms[slot.term].factors[slot.factor].parameters[slot.index]
+    axis = axes[slot.term][slot.factor][0]
+    low, high = parameter.bounds
+    match parameter.public:
+        case "position" | "log_position":
+            origin = (0.5 * (axis.low + axis.high) - axis.centre) / axis.spread
+        case "shift":
+            origin = _log_reach(axis)
+        case _:
+            origin = 0.0
+    return origin + low, origin + high
+
+
+def start_range(parameter: Parameter, axis: Axis) -> tuple[float, float]:
+    """Range of a parameter's starts in the solver's coordinates."""
+    low, high = parameter.starts
+    match parameter.public:
+        case "position" | "log_position":
+            low, high = (axis.low + end * (axis.high - axis.low) for end in (low, high))
+            return (low - axis.centre) / axis.spread, (high - axis.centre) / axis.spread
+        case "shift":
+            return low + _log_reach(axis), high + _log_reach(axis)
+    return low, high
+
+
+def _log_reach(axis: Axis) -> float:
+    return float(np.log((axis.high - axis.low or 1.0) / axis.spread))
 
 
 def check(
@@ -175,6 +208,9 @@ def check(
             raise FormError(f"{form} has no parameter {name!r}; it has {', '.join(valid)}")
         if name in scales.values() and name not in constraints.fixed:
             raise FormError(f"{name} can be fixed, not bounded or tied; bound the coefficient")
+    for name, value in constraints.fixed.items():
+        if not np.isfinite(value):
+            raise FormError(f"{name} cannot be fixed to {value:g}")
     for name, ends in constraints.bounds.items():
         if not ends[0] < ends[1]:
             raise FormError(f"bounds of {name} must rise, not {ends[0]:g} to {ends[1]:g}")

@@ -229,6 +229,7 @@ def _minimise(
         damping[todo] = np.where(moved, np.maximum(damping[todo] / 6, 1e-14), damping[todo] * 5)
     exhausted = np.zeros(n, dtype=bool)
     exhausted[todo] = True
+    theta = problem.surface.ordered(theta)
     finite = np.isfinite(objective)
     if finite.any():
         w, t = of(weights, np.flatnonzero(finite)), of(target, np.flatnonzero(finite))

@@ -3,11 +3,11 @@
 import numpy as np
 
 from scaling.analysis.fitting.jets import Array, Jet
-from scaling.analysis.fitting.parameters import FLOOR, OUTER, is_coefficient
+from scaling.analysis.fitting.parameters import FLOOR, OUTER, is_coefficient, start_range
 from scaling.analysis.fitting.solver import CHUNK, Problem
 
 _SHARE = 1e-4
-"""Least share of y that a start gives a term or the floor."""
+"""Least share of y that a start gives a term."""
 
 
 def scatter(problem: Problem, n: int, rng: np.random.Generator) -> Array:
@@ -27,7 +27,7 @@ def scatter(problem: Problem, n: int, rng: np.random.Generator) -> Array:
             theta[:, place] = np.exp(rng.uniform(np.log(0.2), np.log(2.0), n))
         elif slot.term >= 0 and not is_coefficient(slot):
             parameter = form.terms[slot.term].factors[slot.factor].parameters[slot.index]
-            low, high = parameter.starts
+            low, high = start_range(parameter, surface.axes[slot.term][slot.factor][0])
             drawn = (
                 np.exp(rng.uniform(np.log(low), np.log(high), n))
                 if parameter.logs
@@ -36,7 +36,7 @@ def scatter(problem: Problem, n: int, rng: np.random.Generator) -> Array:
             if parameter.either_sign:
                 drawn = drawn * rng.choice([-1.0, 1.0], n)
             theta[:, place] = np.clip(drawn, surface.lower[place], surface.upper[place])
-    size = max(1, CHUNK // (problem.target.shape[-1] * max(1, surface.n_free)))
+    size = max(1, CHUNK // (problem.rows * max(1, surface.n_free)))
     for i in range(0, n, size):
         theta[i : i + size] = _levels(problem, theta[i : i + size], rng)
     return np.asarray(np.clip(theta, surface.lower, surface.upper))
@@ -44,7 +44,7 @@ def scatter(problem: Problem, n: int, rng: np.random.Generator) -> Array:
 
 def best(problem: Problem, starts: Array, n: int, weights: Array) -> Array:
     """The ``n`` starts with the smallest objective under ``weights [rows]``."""
-    size = max(1, CHUNK // problem.target.shape[-1])
+    size = max(1, CHUNK // problem.rows)
     scores = np.concatenate(
         [problem.objective(starts[i : i + size], weights) for i in range(0, len(starts), size)]
     )
@@ -52,61 +52,88 @@ def best(problem: Problem, starts: Array, n: int, weights: Array) -> Array:
 
 
 def _levels(problem: Problem, theta: Array, rng: np.random.Generator) -> Array:
-    """Fill in E, coefficients and slopes."""
-    surface, n = problem.surface, len(theta)
-    form = surface.form
+    """Fill in what a sum is linear in: E, coefficients and slopes."""
+    surface, shape = problem.surface, (len(theta), problem.rows)
+    form, out = surface.form, theta.copy()
     y = np.exp(problem.target) if problem.log_scale else problem.target
-    weights = 1.0 / y if problem.log_scale else np.ones_like(y)
-    reach = float(y.max() - y.min()) or float(np.abs(y).max()) or 1.0
-    out = theta.copy()
-    values = [_unit(problem, theta, t) for t in range(len(form.terms))]
+    rest = np.broadcast_to(y, shape)
     if form.outer:
-        power = _value(problem, theta, next(s.name for s in surface.slots if s.name == OUTER))
-        floor = rng.uniform(0, 0.95, n) * y.min() if form.floor else np.zeros(n)
-        rest = np.maximum(y - floor[:, None], _SHARE * y.min()) ** (1 / power[:, None])
-        solved = _least_squares(values, rest, 1.0 / rest, [True] * len(values))
-        levels = {FLOOR: floor}
-    else:
-        columns = [np.ones((n, 1))] * form.floor + values
-        signs = [1] * form.floor + [t.sign for t in form.terms]
-        floor_positive = form.floor and surface.lower[surface.place[0]] == 0
-        positive = [floor_positive] * form.floor + [not t.is_line for t in form.terms]
-        columns = [c * s for c, s in zip(columns, signs, strict=True)]
-        solved = _least_squares(columns, np.broadcast_to(y, (n, len(y))), weights, positive)
-        levels = {FLOOR: solved[:, 0]} if form.floor else {}
-        solved = solved[:, int(form.floor) :]
-        random = rng.random(n) < 0.5
-        if random.any() and not any(t.is_line for t in form.terms):
-            shares = rng.dirichlet(np.ones(len(values)), n)
-            floors = rng.uniform(0, 0.95, n) * form.floor
-            if problem.log_scale and all(s > 0 for s in signs):
-                middle = float(np.exp(problem.target.mean()))
-                levels = {FLOOR: np.where(random, floors * middle, levels.get(FLOOR, 0.0))}
-                drawn = shares * (1 - floors[:, None]) * middle
-            else:
-                drawn = shares * reach * np.exp(rng.normal(0, 1, (n, 1)))
-            solved = np.where(random[:, None], drawn, solved)
-    for slot, place in zip(surface.slots, surface.place, strict=True):
-        if place < 0:
-            continue
-        if slot.name == FLOOR:
-            out[:, place] = levels[FLOOR]
-        elif is_coefficient(slot):
-            least = _SHARE * (float(np.abs(y).max()) if problem.log_scale else reach)
-            out[:, place] = np.log(np.maximum(solved[:, slot.term], least))
-        elif slot.term >= 0 and form.terms[slot.term].is_line:
-            out[:, place] = solved[:, slot.term]
+        floor = np.full((len(theta), 1), surface.constant[0] if form.floor else 0.0)
+        if form.floor and surface.place[0] >= 0:
+            floor = rng.uniform(0, 0.95, floor.shape) * y.min()
+            out[:, surface.place[0]] = floor[:, 0]
+        outer = int(form.floor)
+        power = surface.jet(theta, surface.place[outer], surface.constant[outer]).value
+        rest = np.maximum(rest - floor, _SHARE * np.abs(y).max()) ** (1 / power)
+    weights = 1.0 / rest if problem.log_scale or form.outer else np.ones(shape)
+    columns, known = _linear(problem, theta)
+    if not columns:
+        return out
+    rest, places = rest - known, list(columns)
+    slots = [surface.slots[surface.place.index(place)] for place in places]
+    positive = [
+        is_coefficient(s) or (s.name == FLOOR and surface.lower[place] == 0)
+        for s, place in zip(slots, places, strict=True)
+    ]
+    levels = _least_squares(list(columns.values()), rest, weights, positive)
+    if len(places) == surface.n_free:
+        # nothing is left to search; an optimum that equals its start would prove nothing
+        levels = levels * (1 + rng.normal(0, 0.1, levels.shape))
+    sizes = {
+        k: np.exp(np.log(np.where(columns[place] == 0, 1.0, np.abs(columns[place]))).mean(axis=1))
+        for k, place in enumerate(places)
+        if is_coefficient(slots[k])
+    }
+    reach = float(y.max() - y.min()) or float(np.abs(y).max()) or 1.0
+    if sizes and not form.outer and not any(t.is_line for t in form.terms):
+        shares = rng.dirichlet(np.ones(len(sizes)), len(theta))
+        random = rng.random(len(theta)) < 0.5
+        if problem.log_scale and all(t.sign > 0 for t in form.terms):
+            middle = np.exp(np.log(np.maximum(rest, _SHARE * y.max())).mean(axis=1))
+            if FLOOR in (s.name for s in slots):
+                floors = rng.uniform(0, 0.95, len(theta)) * middle
+                levels[random, places.index(surface.place[0])] = floors[random]
+                middle = middle - floors
+        else:
+            middle = reach * np.exp(rng.normal(0, 1, len(theta)))
+        for share, (k, size) in zip(shares.T, sizes.items(), strict=True):
+            levels[random, k] = (share * middle / size)[random]
+    least = _SHARE * (float(np.abs(y).max()) if problem.log_scale else reach)
+    for k, place in enumerate(places):
+        level = levels[:, k]
+        out[:, place] = np.log(np.maximum(level, least / sizes[k])) if k in sizes else level
     return out
+
+
+def _linear(problem: Problem, theta: Array) -> tuple[dict[int, Array], Array]:
+    """``[S, rows]`` derivative of the sum of terms (and E, if it is not outside a power) by every
+    parameter that it is linear in, by place in theta, and what the fixed ones give."""
+    surface = problem.surface
+    form, shape = surface.form, (len(theta), problem.rows)
+    units = [_unit(problem, theta, t) * term.sign for t, term in enumerate(form.terms)]
+    columns, known = dict[int, Array](), np.zeros(shape)
+    for slot, place, constant in zip(surface.slots, surface.place, surface.constant, strict=True):
+        if slot.name == FLOOR and not form.outer:
+            unit = np.ones(shape)
+        elif is_coefficient(slot) or (slot.term >= 0 and form.terms[slot.term].is_line):
+            unit = units[slot.term]
+        else:
+            continue
+        if place < 0:
+            known = known + unit * (np.exp(constant) if is_coefficient(slot) else constant)
+        else:
+            columns[place] = columns.get(place, 0.0) + unit
+    return columns, known
 
 
 def _unit(problem: Problem, theta: Array, t: int) -> Array:
     """``[S, rows]`` of term t without its coefficient (a line without its slope)."""
-    surface = problem.surface
+    surface, shape = problem.surface, (len(theta), problem.rows)
     term = surface.form.terms[t]
     factors, mask = problem.x[t]
     if term.is_line:
-        return np.broadcast_to(factors[0][0], (len(theta), problem.target.shape[-1]))
-    total = np.zeros((len(theta), problem.target.shape[-1]))
+        return np.broadcast_to(factors[0][0], shape)
+    total = np.zeros(shape)
     for f, (factor, columns) in enumerate(zip(term.factors, factors, strict=True)):
         own = {
             s.index: surface.jet(theta, place, constant)
@@ -120,17 +147,10 @@ def _unit(problem: Problem, theta: Array, t: int) -> Array:
     return np.exp(np.clip(total, -200, 200)) * (1.0 if mask is None else mask)
 
 
-def _value(problem: Problem, theta: Array, name: str) -> Array:
-    surface = problem.surface
-    i = [s.name for s in surface.slots].index(name)
-    jet = surface.jet(theta, surface.place[i], surface.constant[i])
-    return np.broadcast_to(jet.value[:, 0], (len(theta),))
-
-
 def _least_squares(columns: list[Array], y: Array, weights: Array, positive: list[bool]) -> Array:
     """``[S, L]`` weighted least squares; what comes out negative and may not is set to zero and
     the rest solved again, once."""
-    design = np.stack([np.broadcast_to(c, y.shape) * weights for c in columns], axis=1)
+    design = np.stack([c * weights for c in columns], axis=1)
     size = np.sqrt((design**2).sum(axis=2, keepdims=True)) + 1e-300
     design = design / size
     gram = design @ np.swapaxes(design, 1, 2) + 1e-10 * np.eye(len(columns))

@@ -7,14 +7,14 @@ columns' own units, is computed from theta, never fitted.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from scaling.analysis.fitting.forms import Axis, Form, Parameter, Term
+from scaling.analysis.fitting.forms import Axis, Form, FormError, Parameter, Term
 from scaling.analysis.fitting.jets import Array, Jet, exp, log
 from scaling.analysis.fitting.parameters import (
     FLOOR,
@@ -23,6 +23,7 @@ from scaling.analysis.fitting.parameters import (
     Slot,
     check,
     default_bounds,
+    factors_of,
     inward,
     inward_slot,
     is_coefficient,
@@ -95,10 +96,11 @@ class Surface:
         for t, name in scales.items():
             if name in fixed:
                 first = axes[t][0]
-                log_scale_of_x = (Axis(float(np.log(fixed.pop(name)))), *first[1:])
-                axes = (*axes[:t], (log_scale_of_x,), *axes[t + 1 :])
+                at_scale = replace(first[0], centre=float(np.log(fixed.pop(name))))
+                axes = (*axes[:t], ((at_scale, *first[1:]),), *axes[t + 1 :])
                 fixed[next(s.name for s in every if s.term == t and is_coefficient(s))] = 1.0
         group = {name: names[0] for names in constraints.tied for name in names}
+        groups = {names[0]: names for names in constraints.tied}
         place, constant, seen = [], [], dict[str, int]()
         lower, upper = list[float](), list[float]()
         for slot in every:
@@ -113,11 +115,16 @@ class Surface:
                 continue
             seen[key] = len(lower)
             place.append(len(lower))
-            low, high = default_bounds(form, slot, y, log_scale)
-            for name in constraints.bounds:
-                if group.get(name, name) == key:
-                    ends = [inward_slot(form, axes, slot, end) for end in constraints.bounds[name]]
-                    low, high = min(ends), max(ends)
+            low, high = default_bounds(form, axes, slot, y, log_scale and slot.term not in at_zero)
+            stated = [
+                [inward_slot(form, axes, slot, end) for end in ends]
+                for name, ends in constraints.bounds.items()
+                if group.get(name, name) == key
+            ]
+            if stated:
+                low, high = max(map(min, stated)), min(map(max, stated))
+                if not low < high:
+                    raise FormError(f"the bounds of {', '.join(groups[key])} do not overlap")
             lower.append(low)
             upper.append(high)
         return cls(
@@ -247,6 +254,27 @@ class Surface:
             return Jet(np.full((1, 1), constant))
         return Jet(theta[:, place, None], {place: _ONE} if derivatives else {})
 
+    def ordered(self, theta: Array) -> Array:
+        """``theta [S, P]`` with the breaks of every factor in rising order.
+
+        Breaks can change places without changing the law; only in order do they have names. They
+        stay where a constraint tells one from another.
+        """
+        out = theta.copy()
+        own = {(s.term, s.factor, s.index): p for s, p in zip(self.slots, self.place, strict=True)}
+        for t, f, factor in factors_of(self.form):
+            if factor.breaks < 2:
+                continue
+            indices = range(1, 3 * factor.breaks + 1)
+            places = np.array([own[t, f, i] for i in indices]).reshape(factor.breaks, 3)
+            if any(p < 0 or self.place.count(p) > 1 for p in places.flat) or any(
+                np.ptp(bound[places], axis=0).any() for bound in (self.lower, self.upper)
+            ):
+                continue
+            order = np.argsort(theta[:, places[:, 1]], axis=1)
+            out[:, places] = np.take_along_axis(theta[:, places], order[:, :, None], axis=1)
+        return out
+
     # ---- public parameters ----------------------------------------------------------------------
 
     def public(self, theta: Array) -> pd.DataFrame:
@@ -283,7 +311,7 @@ class Surface:
         """``[P]`` from public parameters; a term takes its coefficient, else its scale.
 
         Raises:
-            FormError: a parameter is missing.
+            FormError: a parameter is missing, or has a value that it cannot have.
         """
         scales = scale_names(self.form)
         inner: dict[tuple[int, int, int], Array] = {}
@@ -316,6 +344,8 @@ class Surface:
                     theta[place] = np.log(known(params, slot.name)) - offset
             else:
                 theta[place] = inner[slot.term, slot.factor, slot.index][0]
+            if np.isnan(theta[place]):
+                raise FormError(f"{slot.name} cannot be what it is in {dict(params)}")
         return theta
 
     def _owner(self, slot: Slot) -> tuple[Parameter, Axis]:
@@ -333,11 +363,15 @@ Inputs = tuple[tuple[tuple[tuple[Array, ...], ...], npt.NDArray[np.float64] | No
 
 
 def _axis(role: str, x: Array, at_zero: bool) -> Axis:
-    if role in ("log", "power"):
-        return Axis(0.0 if at_zero else float(np.log(x[x > 0]).mean()))
+    """Axis of a fitted column; ``at_zero`` where the coefficient must be the public one."""
     if role == "count":
         return Axis(0.0)
-    return Axis(float(x.mean()), float(x.std()) or 1.0, float(x.min()))
+    logs = role in ("log", "power")
+    values = np.log(x[x > 0]) if logs else x
+    centre, low, high = (float(v) for v in (values.mean(), values.min(), values.max()))
+    unscaled = logs or (role == "above" and at_zero)
+    spread = 1.0 if unscaled else float(values.std()) or 1.0
+    return Axis(0.0 if at_zero else centre, spread, low, high)
 
 
 def _onto(axis: Axis, role: str, x: Array) -> Array:
