@@ -281,7 +281,7 @@ class Term:
 
     @property
     def is_line(self) -> bool:
-        return self.factors[0].kind == "line"
+        return any(f.kind == "line" for f in self.factors)
 
     @property
     def label(self) -> str:

@@ -106,7 +106,10 @@ class Surface:
         for slot in every:
             if slot.name in fixed:
                 place.append(-1)
-                constant.append(inward_slot(form, axes, slot, fixed[slot.name]))
+                value = inward_slot(form, axes, slot, fixed[slot.name])
+                if np.isinf(value) and not is_coefficient(slot):  # a coefficient may be 0
+                    raise FormError(f"{slot.name} cannot be {fixed[slot.name]:g}")
+                constant.append(value)
                 continue
             constant.append(float("nan"))
             key = group.get(slot.name, slot.name)
@@ -341,7 +344,8 @@ class Surface:
                     theta[place] = exponent * (np.log(params[scale]) - centre)
                 else:
                     offset = sum(float(o[0]) for o in self._offsets(slot.term, inner))
-                    theta[place] = np.log(known(params, slot.name)) - offset
+                    with np.errstate(invalid="ignore", divide="ignore"):
+                        theta[place] = np.log(known(params, slot.name)) - offset
             else:
                 theta[place] = inner[slot.term, slot.factor, slot.index][0]
             if np.isnan(theta[place]):
