@@ -67,8 +67,8 @@ def fit_law(
         fixed: public parameters held at a value.
         bounds: lower and upper bounds of public parameters.
         tied: groups of public parameters that share one value.
-        bootstrap: what a draw resamples: whole ``clusters``, ``rows`` one by one, or
-            ``residuals`` around the fit (their signs by cluster).
+        bootstrap: what a draw weighs anew: whole ``clusters``, or ``rows`` one by one; or it
+            redraws ``residuals`` around the fit (their signs by cluster).
         n_boot: bootstrap draws; 0 for none.
         cluster: column of the independent units (points of one run are not independent); None
             when every row is one; ``auto`` is ``run_key`` where the table has it, else None.
@@ -169,7 +169,7 @@ def _fit(
     by = np.arange(len(rows)) if resampling == "rows" else codes
     counts = np.ones((n_boot, len(rows)))
     if resampling != "residuals":
-        counts = resampled_weights(by, n_boot, rng)
+        counts = resampled_weights(by, n_boot, rng, whole=frontier)
     if frontier:
         counts = counts * on_frontier(columns[form.columns[0]], values, counts > 0)
     kept = mask | (counts > 0).any(axis=0)
