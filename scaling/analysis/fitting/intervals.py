@@ -17,9 +17,10 @@ from scaling.analysis.fitting.starts import best
 Resampling = Literal["clusters", "rows", "residuals"]
 RESAMPLINGS: tuple[str, ...] = get_args(Resampling)
 
-DRAW_TOLERANCE, DRAW_ITERATIONS = 1e-5, 60
+DRAW_TOLERANCE, DRAW_ITERATIONS = 1e-5, 400
 """Relative gradient that ends a bootstrap draw, and the iterations it may take: its rounding has
-only to be small beside the spread of the draws."""
+only to be small beside the spread of the draws. Where the knee is small beside the residuals many
+draws need hundreds of iterations; a draw that is done costs nothing more."""
 RECHECKED = 0.02
 """Share of the draws that are minimised once more from fresh starts."""
 MISSED = 1e-4
