@@ -17,9 +17,10 @@ from scaling.analysis.fitting.starts import best
 Resampling = Literal["clusters", "rows", "residuals"]
 RESAMPLINGS: tuple[str, ...] = get_args(Resampling)
 
-DRAW_TOLERANCE, DRAW_ITERATIONS = 1e-5, 60
+DRAW_TOLERANCE, DRAW_ITERATIONS = 1e-5, 400
 """Relative gradient that ends a bootstrap draw, and the iterations it may take: its rounding has
-only to be small beside the spread of the draws."""
+only to be small beside the spread of the draws. Where the knee is small beside the residuals many
+draws need hundreds of iterations; a draw that is done costs nothing more."""
 RECHECKED = 0.02
 """Share of the draws that are minimised once more from fresh starts."""
 MISSED = 1e-4
@@ -128,23 +129,42 @@ def refit(
 
     found = [from_one(optima[0])]
     sample = np.arange(0, n, max(1, int(1 / RECHECKED)))[:50]
-    missed, others = 0, list(optima[1:])
-    for i in sample:
-        here = problem if targets is None else replace(problem, target=targets[i])
-        starts = best(here, scattered, 4, weights[i])
-        fresh = minimise(here, starts, weights[i], None, DRAW_TOLERANCE, DRAW_ITERATIONS)
-        k = int(np.argmin(fresh.objective))
-        known = float(found[0].objective[i])
-        if fresh.objective[k] < known - MISSED * abs(known):
-            missed += 1
-            if len(others) < 3:
-                others.append(fresh.theta[k])
+    fresh, ended = _fresh(
+        problem, scattered, weights[sample], None if targets is None else targets[sample]
+    )
+    lower = ended < (1 - MISSED) * found[0].objective[sample]
+    others = [*optima[1:], *fresh[lower]][: max(3, len(optima) - 1)]
+    missed = int(lower.sum())
     if missed:
         found += [from_one(theta) for theta in others]
     choice = np.argmin([m.objective for m in found], axis=0)
     theta = np.stack([found[b].theta[i] for i, b in enumerate(choice)])
     above = [found[b].gradient[i] > DRAW_TOLERANCE for i, b in enumerate(choice)]
     return theta, int(np.sum(above)), len(sample), missed
+
+
+def _fresh(
+    problem: Problem, scattered: Array, weights: Array, targets: Array | None
+) -> tuple[Array, Array]:
+    """``[n, P]`` the best that each of n draws reaches from its own 4 best scattered starts, and
+    its objective ``[n]``."""
+    n = len(weights)
+    starts = [
+        best(
+            problem if targets is None else replace(problem, target=targets[i]),
+            scattered, 4, weights[i],
+        )
+        for i in range(n)
+    ]  # fmt: skip
+    draw = np.repeat(np.arange(n), len(starts[0]))
+    found = minimise(
+        problem, np.concatenate(starts), weights[draw], None if targets is None else targets[draw],
+        DRAW_TOLERANCE, DRAW_ITERATIONS,
+    )  # fmt: skip
+    objective = found.objective.reshape(n, -1)
+    lowest = objective.argmin(axis=1)
+    theta = found.theta.reshape(n, objective.shape[1], -1)
+    return theta[np.arange(n), lowest], objective[np.arange(n), lowest]
 
 
 def tail(level: float, n_clusters: int, n_free: int) -> float:
