@@ -1,0 +1,146 @@
+"""What a study says of transfer, as one JSON value: ``transfer_laws``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from scaling.analysis.fitting.status import FitError
+from scaling.analysis.transfer_law.chain import compare_held_out
+from scaling.analysis.transfer_law.equality import (
+    EqualityVerdict,
+    EqualLossTest,
+    equal_loss_test,
+    over_tasks,
+)
+from scaling.analysis.transfer_law.laws import CELL, TaskLaw, fit_task, forms, tangent
+from scaling.analysis.transfer_law.points import (
+    COMPUTE,
+    FACTORS,
+    LOWER_IS_BETTER,
+    TransferPoints,
+    transfer_points,
+)
+from scaling.analysis.transfer_law.pooled import held_out_tasks, pooled_law
+from scaling.results import Tables
+
+METRICS = ("loss", "mrr")
+"""Metrics of the transfer table that a study's record has laws of."""
+HELD_OUT = 0.25
+"""Share of the configurations, those of most compute, that chained and direct laws predict."""
+FEWEST_VALUES = 3
+"""Values that a factor needs to have an exponent."""
+SAME = 0.999
+"""Correlation of logarithms above which two factors are one."""
+
+
+def transfer_laws(
+    tables: Tables, *, metrics: Sequence[str] = METRICS, n_boot: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """Transfer laws of every task, alone and pooled, and whether equal loss is equal transfer.
+
+    Returns:
+        JSON-able, by metric: ``rises_with_loss``; ``tasks``: per task the record of
+        ``laws.TaskLaw``, ``system``, ``left_out``, ``equal_loss`` (``equality.EqualLossTest`` with
+        the chosen law as f, ``with_parabola`` its verdict with a parabola, and ``conclusion``: the
+        verdict where both agree and it survives the number of tasks), ``held_out_compute``
+        (``chain.compare_held_out``); ``pooled`` (``pooled.PooledLaw`` of the
+        tasks that scale) with ``held_out_tasks``, or
+        the reason under ``failed``; ``failed``: tasks without points.
+    """
+    return {m: _by_metric(transfer_points(tables, m), n_boot, seed) for m in metrics}
+
+
+def _by_metric(points: TransferPoints, n_boot: int, seed: int) -> dict[str, Any]:
+    rises = points.metric in LOWER_IS_BETTER
+    by_task = {str(task): own for task, own in points.table.groupby("task", sort=True)}
+    laws = {
+        task: fit_task(own, rises_with_loss=rises, n_boot=n_boot, seed=seed)
+        for task, own in by_task.items()
+    }
+    tests = {task: _equal_loss(law, seed) for task, law in laws.items() if law.fit is not None}
+    with_law = over_tasks({task: pair[0] for task, pair in tests.items()})
+    with_parabola = over_tasks({task: pair[1] for task, pair in tests.items()})
+    tasks = {}
+    for task, law in laws.items():
+        tasks[task] = {
+            "system": points.systems[task],
+            "left_out": list(points.left_out[task]),
+            **law.to_dict(),
+            "equal_loss": None,
+            "held_out_compute": None,
+        }
+        if task in tests:
+            agree = with_law[task] is with_parabola[task]
+            tasks[task]["equal_loss"] = {
+                **tests[task][0].to_dict(),
+                "with_parabola": str(tests[task][1].verdict),
+                "conclusion": str(with_law[task] if agree else EqualityVerdict.UNDECIDED),
+            }
+            tasks[task]["held_out_compute"] = _held_out(law, rises, seed)
+    return {
+        "rises_with_loss": rises,
+        "tasks": tasks,
+        "pooled": _pooled(points.table, [t for t, law in laws.items() if law.scales], seed),
+        "failed": dict(points.failed),
+    }
+
+
+def _equal_loss(law: TaskLaw, seed: int) -> tuple[EqualLossTest, EqualLossTest]:
+    """The test with the task's law and with a parabola."""
+    fit = law.fit
+    assert fit is not None
+    return (
+        equal_loss_test(law.points, FACTORS, tangent=lambda x: tangent(fit, x), seed=seed),
+        equal_loss_test(law.points, FACTORS, seed=seed),
+    )
+
+
+def _held_out(law: TaskLaw, rises: bool, seed: int) -> dict[str, Any]:
+    """Chained and direct predictions of the configurations of most compute."""
+    assert law.law is not None
+    factors = _separable(law.points)
+    compute = law.points.groupby(CELL)[COMPUTE].mean()
+    late = set(compute.nlargest(max(1, int(HELD_OUT * len(compute)))).index)
+    ways = {"compute": [COMPUTE], **({"factors": factors} if factors else {})}
+    sign = " + " if rises else " - "
+    try:
+        table = compare_held_out(
+            law.points,
+            law.points[CELL].isin(late),
+            {name: " + ".join(["E", *columns]) for name, columns in ways.items()},
+            forms(rises)[law.law],
+            {name: sign.join(["E", *columns]) for name, columns in ways.items()},
+            seed=seed,
+        )
+    except FitError as e:
+        return {"failed": str(e)}
+    ways_out = table.astype(object).where(table.notna(), None).to_dict(orient="index")
+    return {"factors": factors, "configurations": len(late), "ways": ways_out, "failed": None}
+
+
+def _separable(points: pd.DataFrame) -> list[str]:
+    """Factors with three values or more, none of which is another in disguise."""
+    kept: list[str] = []
+    for factor in FACTORS:
+        x = np.log(points[factor].to_numpy(dtype=np.float64))
+        if len(np.unique(x)) < FEWEST_VALUES:
+            continue
+        others = [np.log(points[k].to_numpy(dtype=np.float64)) for k in kept]
+        if all(abs(np.corrcoef(x, other)[0, 1]) < SAME for other in others):
+            kept.append(factor)
+    return kept
+
+
+def _pooled(points: pd.DataFrame, scaling: list[str], seed: int) -> dict[str, Any]:
+    """The pooled law of the tasks that scale; the others have no curve to share."""
+    try:
+        law = pooled_law(points[points["task"].isin(scaling)], seed=seed)
+    except ValueError as e:
+        return {"failed": str(e)}
+    return {
+        **law.to_dict(),
+        "held_out_tasks": held_out_tasks(law).to_dict(orient="index"),
+        "failed": None,
+    }
