@@ -169,7 +169,7 @@ def compare_held_out(
     *,
     objective_1: Objective | None = None,
     objective_2: Objective = LEAST_SQUARES,
-    n_boot: int = 200,
+    n_boot: int = 100,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Chained against direct predictions of one task's runs that were held out.

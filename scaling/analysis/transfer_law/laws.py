@@ -111,7 +111,12 @@ class TaskLaw:
             "configurations": int(self.points[CELL].nunique()),
             "noise": dict(self.noise),
             "held_out": table.to_dict(orient="index"),
-            "fits": {name: fit.to_dict() for name, fit in self.fits.items()},
+            "fit": None if self.fit is None else self.fit.to_dict(),
+            "others": {
+                name: {"equation": fit.equation(), "status": str(fit.status)}
+                for name, fit in self.fits.items()
+                if name != self.law
+            },
             "failed": dict(self.failed),
         }
 
@@ -178,13 +183,10 @@ def values(fit: LawFit, theta: Array, losses: Array) -> Array:
     if any(f.kind == "shifted" for term in fit.form.terms for f in term.factors):
         origin = -fit.surface.public(theta)["shift"].to_numpy()[:, None]
         table = np.maximum(table, origin + 1e-9 * (1 + np.abs(origin)))
-    out = np.empty(table.shape)
-    shared = bool((table == table[:1]).all())
-    for i in range(1 if shared else len(theta)):
-        rows = slice(None) if shared else slice(i, i + 1)
-        x = {c: columns(table[i])[c].to_numpy() for c in fit.factors}
-        out[rows] = fit.surface.values(theta[rows], x)
-    return out
+    x = {LOSS: table, PERPLEXITY: np.exp(table)}
+    with np.errstate(all="ignore"):
+        value = fit.surface.evaluate(theta, fit.surface.transform(x)).value
+    return np.array(np.broadcast_to(value, table.shape))
 
 
 def tangent(fit: LawFit, losses: Array) -> Array:

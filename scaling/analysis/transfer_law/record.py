@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
-from scaling.analysis.fitting.status import FitError
 from scaling.analysis.transfer_law.chain import compare_held_out
 from scaling.analysis.transfer_law.equality import (
+    SAME,
     EqualityVerdict,
     EqualLossTest,
     equal_loss_test,
@@ -25,14 +26,14 @@ from scaling.analysis.transfer_law.points import (
 from scaling.analysis.transfer_law.pooled import held_out_tasks, pooled_law
 from scaling.results import Tables
 
+Array = npt.NDArray[np.float64]
+
 METRICS = ("loss", "mrr")
 """Metrics of the transfer table that a study's record has laws of."""
 HELD_OUT = 0.25
 """Share of the configurations, those of most compute, that chained and direct laws predict."""
 FEWEST_VALUES = 3
 """Values that a factor needs to have an exponent."""
-SAME = 0.999
-"""Correlation of logarithms above which two factors are one."""
 
 
 def transfer_laws(
@@ -100,37 +101,39 @@ def _equal_loss(law: TaskLaw, seed: int) -> tuple[EqualLossTest, EqualLossTest]:
 def _held_out(law: TaskLaw, rises: bool, seed: int) -> dict[str, Any]:
     """Chained and direct predictions of the configurations of most compute."""
     assert law.law is not None
-    factors = _separable(law.points)
+    factors, few = _separable(law.points)
     compute = law.points.groupby(CELL)[COMPUTE].mean()
     late = set(compute.nlargest(max(1, int(HELD_OUT * len(compute)))).index)
-    ways = {"compute": [COMPUTE], **({"factors": factors} if factors else {})}
+    ways = {"compute": [COMPUTE]}
+    if factors and not few:
+        ways["factors"] = factors
     sign = " + " if rises else " - "
-    try:
-        table = compare_held_out(
-            law.points,
-            law.points[CELL].isin(late),
-            {name: " + ".join(["E", *columns]) for name, columns in ways.items()},
-            forms(rises)[law.law],
-            {name: sign.join(["E", *columns]) for name, columns in ways.items()},
-            seed=seed,
-        )
-    except FitError as e:
-        return {"failed": str(e)}
-    ways_out = table.astype(object).where(table.notna(), None).to_dict(orient="index")
-    return {"factors": factors, "configurations": len(late), "ways": ways_out, "failed": None}
+    table = compare_held_out(
+        law.points,
+        law.points[CELL].isin(late),
+        {name: " + ".join(["E", *columns]) for name, columns in ways.items()},
+        forms(rises)[law.law],
+        {name: sign.join(["E", *columns]) for name, columns in ways.items()},
+        seed=seed,
+    )
+    return {
+        "configurations": len(late),
+        "factors": factors,
+        "left_out": dict.fromkeys(few, f"fewer than {FEWEST_VALUES} values have no exponent"),
+        "ways": table.astype(object).where(table.notna(), None).to_dict(orient="index"),
+    }
 
 
-def _separable(points: pd.DataFrame) -> list[str]:
-    """Factors with three values or more, none of which is another in disguise."""
-    kept: list[str] = []
+def _separable(points: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Factors that vary and are no other in disguise: with values enough, and with too few."""
+    kept: dict[str, Array] = {}
     for factor in FACTORS:
         x = np.log(points[factor].to_numpy(dtype=np.float64))
-        if len(np.unique(x)) < FEWEST_VALUES:
-            continue
-        others = [np.log(points[k].to_numpy(dtype=np.float64)) for k in kept]
-        if all(abs(np.corrcoef(x, other)[0, 1]) < SAME for other in others):
-            kept.append(factor)
-    return kept
+        alike = (abs(np.corrcoef(x, other)[0, 1]) for other in kept.values())
+        if np.ptp(x) > 0 and all(r < SAME for r in alike):
+            kept[factor] = x
+    few = [f for f, x in kept.items() if len(np.unique(x)) < FEWEST_VALUES]
+    return [f for f in kept if f not in few], few
 
 
 def _pooled(points: pd.DataFrame, scaling: list[str], seed: int) -> dict[str, Any]:
