@@ -11,7 +11,7 @@ import pytest
 from scaling.analysis import FitError, Objective, fit_law
 from scaling.analysis.transfer_law.chain import compare_held_out, fit_chain
 from scaling.analysis.transfer_law.equality import equal_loss_test
-from scaling.analysis.transfer_law.figures import residuals_by_factor, transfer_law
+from scaling.analysis.transfer_law.figures import residuals_by_factor, task_law
 from scaling.analysis.transfer_law.laws import fit_task, forms, tangent
 from scaling.analysis.transfer_law.points import FACTORS, noise_floor, transfer_points
 from scaling.analysis.transfer_law.record import transfer_laws
@@ -315,7 +315,7 @@ def test_record_of_a_study(tables: Tables) -> None:
 def test_figures(tables: Tables) -> None:
     own = transfer_points(tables).table.query("task == 'books'")
     law = fit_task(own, rises_with_loss=True, n_boot=40)
-    ax = transfer_law(law, title="books")
+    ax = task_law(law, title="books")
     labels = [t.get_text() for t in ax.get_legend().get_texts()]
     assert labels == ["24 runs, 24 configurations", "line"]
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), own["downstream"])

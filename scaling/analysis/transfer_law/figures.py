@@ -20,7 +20,7 @@ LABEL = {
 }
 
 
-def transfer_law(
+def task_law(
     law: TaskLaw, *, title: str = "", ylabel: str = METRIC, ax: "Axes | None" = None
 ) -> "Axes":
     """Runs of one task, its law with the 95 % band, and the spread between seeds.
