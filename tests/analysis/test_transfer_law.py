@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scaling.analysis import FitError, Objective, fit_law
+from scaling.analysis import FitError, FitStatus, Objective, fit_law
 from scaling.analysis.transfer_law.chain import compare_held_out, fit_chain
 from scaling.analysis.transfer_law.equality import equal_loss_test
 from scaling.analysis.transfer_law.figures import residuals_by_factor, task_law
@@ -76,6 +76,7 @@ def test_planted_laws_are_recovered(name: str) -> None:
     found = fit_task(runs(LAWS[name], 0.0), rises_with_loss=True, n_boot=0)
     assert (found.law, found.scales, found.reasons) == (name, True, ())
     assert found.rank_correlation == pytest.approx(1.0)
+    assert found.fits[name].status is FitStatus.CONVERGED
     for parameter, value in PLANTED[name].items():
         assert found.fits[name].params[parameter] == pytest.approx(value, rel=1e-4)
 
