@@ -13,7 +13,12 @@ from scaling.analysis.transfer_law.chain import compare_held_out, fit_chain
 from scaling.analysis.transfer_law.equality import equal_loss_test
 from scaling.analysis.transfer_law.figures import residuals_by_factor, task_law
 from scaling.analysis.transfer_law.laws import fit_task, forms, tangent
-from scaling.analysis.transfer_law.points import FACTORS, noise_floor, transfer_points
+from scaling.analysis.transfer_law.points import (
+    FACTORS,
+    mean_of_tasks,
+    noise_floor,
+    transfer_points,
+)
 from scaling.analysis.transfer_law.record import transfer_laws
 from scaling.results import Tables
 
@@ -285,6 +290,17 @@ def test_points_carry_the_factors_of_their_runs(tables: Tables) -> None:
     assert (len(points.table), points.table["cell"].nunique()) == (96, 24)
 
 
+def test_mean_of_tasks_takes_those_that_every_run_has() -> None:
+    points = pd.DataFrame(
+        {"task": list("aabbc"), "run_key": list("xyxyx"), "downstream": [1.0, 2, 3, 6, 100]}
+    ).assign(cell=lambda d: d["run_key"], pretraining=1.0)
+    table, over = mean_of_tasks(points)
+    assert over == ("a", "b")
+    assert dict(zip(table["run_key"], table["downstream"], strict=True)) == {"x": 2.0, "y": 4.0}
+    alone, over = mean_of_tasks(points[points["task"] != "b"])
+    assert (alone.empty, over) == (True, ("a",))
+
+
 def test_record_of_a_study(tables: Tables) -> None:
     """The metric of the simulated study is .3 (.45) + .05 x loss, whatever bought the loss."""
     record = transfer_laws(tables, metrics=("loss",), n_boot=100)["loss"]
@@ -309,6 +325,9 @@ def test_record_of_a_study(tables: Tables) -> None:
         assert set(left_out) == {"batch_size", "items_per_user_mean"}
         assert left_out["batch_size"] == "fewer than 3 values have no exponent"
         assert "chain, factors" not in ways
+    mean = record["mean_of_tasks"]
+    assert (mean["over"], mean["law"], mean["runs"]) == (["books", "food"], "line", 24)
+    assert mean["fit"]["params"]["irreducible"] == pytest.approx(0.375, abs=0.02)
     assert record["pooled"]["failed"] is None
     assert record["pooled"]["ci95"][0] < 0 < record["pooled"]["ci95"][1]  # a line
 
@@ -329,7 +348,11 @@ def test_figures(tables: Tables) -> None:
     assert [p.get_xlabel() for p in panels] == [
         "parameters", "batch size [users]", "items per user, realised mean", "distinct users met",
     ]  # fmt: skip
-    np.testing.assert_allclose(panels[0].collections[0].get_offsets()[:, 1], test.residuals)
-    line = panels[0].lines[0].get_ydata()
-    assert line[1] - line[0] == pytest.approx(test.effects["over_range"]["n_total"])
+    for ax, (factor, row) in zip(panels, test.effects.iterrows(), strict=True):
+        cloud = ax.collections[0].get_offsets()
+        np.testing.assert_array_equal(cloud[:, 0], law.points[factor])
+        slope = np.polyfit(np.log2(cloud[:, 0]), cloud[:, 1], 1)[0]
+        ends = ax.lines[0].get_ydata()
+        assert ends[1] - ends[0] == pytest.approx(row["over_range"])
+        assert slope == pytest.approx(row["per_doubling"], abs=1e-6)
     plt.close("all")

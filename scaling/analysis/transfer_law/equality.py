@@ -70,7 +70,7 @@ class EqualLossTest:
             the factor's range in the data, permutation ``p`` and ``p_adjusted`` over factors,
             ``detectable`` effect per doubling seen with 80 % power at the corrected level,
             ``inflation`` of its variance by loss and other factors.
-        residuals: T less f(L), per row, for figures. [metric]
+        residuals: T less f(L), per row; ``unexplained``: less the effects too. [metric]
         span: change of f(L) over the data: what the loss itself moves. [metric]
         margin: share of ``span`` within which an effect over its range counts as none.
         reliability: share of the variance of the loss at given factors that is not noise; None
@@ -85,6 +85,7 @@ class EqualLossTest:
     reasons: tuple[str, ...]
     effects: pd.DataFrame
     residuals: Array
+    unexplained: Array
     span: float
     margin: float
     reliability: float | None
@@ -94,7 +95,7 @@ class EqualLossTest:
     smallest_p: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the residuals, as plain JSON values."""
+        """Everything but the values per row, as plain JSON values."""
         return {
             "verdict": str(self.verdict),
             "factors": list(self.factors),
@@ -217,7 +218,10 @@ def equal_loss_test(
     )
     ends = np.maximum(np.abs(beta[0] - half), np.abs(beta[0] + half)) * ranges
     verdict, found, reasons = _judge(effects, ends, span, margin, ranges, smallest)
-    return EqualLossTest(verdict, found, reasons, effects, smallest_p=smallest, **shared)
+    unexplained = residuals - (z - nuisance @ (nuisance.T @ z)) @ beta[0]
+    return EqualLossTest(
+        verdict, found, reasons, effects, smallest_p=smallest, unexplained=unexplained, **shared
+    )
 
 
 def over_tasks(tests: Mapping[str, EqualLossTest]) -> dict[str, EqualityVerdict]:

@@ -1,16 +1,15 @@
 """Figures of transfer: the law of a task with its band, and what factors add at equal loss."""
 
-from typing import TYPE_CHECKING
-
+import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, NullLocator
 
 from scaling.analysis.figures import LABELS, STYLE
 from scaling.analysis.transfer_law.equality import EqualLossTest
 from scaling.analysis.transfer_law.laws import CELL, LOSS, METRIC, TaskLaw
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 LABEL = {
     **LABELS,
@@ -21,16 +20,13 @@ LABEL = {
 
 
 def task_law(
-    law: TaskLaw, *, title: str = "", ylabel: str = METRIC, ax: "Axes | None" = None
-) -> "Axes":
+    law: TaskLaw, *, title: str = "", ylabel: str = METRIC, ax: Axes | None = None
+) -> Axes:
     """Runs of one task, its law with the 95 % band, and the spread between seeds.
 
     Dotted where the law is drawn beyond the losses of the runs, by a tenth of their range. A task
     that does not scale says so in its legend; one without a law shows its runs alone.
     """
-    import matplotlib as mpl
-    import matplotlib.pyplot as plt
-
     if ax is None:
         with mpl.rc_context(fname=STYLE):
             ax = plt.subplots(layout="constrained")[1]
@@ -66,11 +62,11 @@ def task_law(
 
 def residuals_by_factor(
     test: EqualLossTest, points: pd.DataFrame, *, ylabel: str = METRIC
-) -> "list[Axes]":
-    """What the loss leaves of the metric, against each tested factor; one panel a factor.
+) -> list[Axes]:
+    """What the loss and the other factors leave of the metric, against each factor that was tested.
 
-    The line is the effect at equal loss and at equal other factors, so it need not follow the
-    cloud where factors move together; the legend has it per doubling.
+    One panel a factor, its effect at equal loss as a line with the 95 % interval and the corrected
+    p in the title; coloured where the verdict says that it differs.
 
     Args:
         points: the table that was tested.
@@ -78,30 +74,33 @@ def residuals_by_factor(
     Returns:
         The panels, in the order of ``test.effects``; none where no factor was tested.
     """
-    import matplotlib as mpl
-    import matplotlib.pyplot as plt
-
     if test.effects.empty:
         return []
     with mpl.rc_context(fname=STYLE):
         _, panels = plt.subplots(
             1, len(test.effects), layout="constrained", sharey=True, squeeze=False,
-            figsize=(3.2 * len(test.effects), 3.2),
+            figsize=(2.9 * len(test.effects), 3.4),
         )  # fmt: skip
     for ax, (factor, row) in zip(panels[0], test.effects.iterrows(), strict=True):
         x = points[str(factor)].to_numpy(dtype=np.float64)
-        ax.scatter(x, test.residuals, color="C0", s=22, linewidths=0)
-        ends = np.array([x.min(), x.max()])
-        line = row["per_doubling"] * np.log2(ends / np.exp(np.log(x).mean()))
-        differs = factor in test.factors
+        doublings = np.log2(x) - np.log2(x).mean()
+        ax.scatter(
+            x, test.unexplained + row["per_doubling"] * doublings, color="C0", s=22, linewidths=0
+        )
+        order = np.argsort(x)[[0, -1]]
         ax.plot(
-            ends, line, color="C1" if differs else "0.45",
-            label=f"{row['per_doubling']:+.2g} per doubling\n"
-            f"({row['lower']:+.2g} to {row['upper']:+.2g}), p {row['p_adjusted']:.2g}",
+            x[order], row["per_doubling"] * doublings[order],
+            color="C1" if factor in test.factors else "0.45",
         )  # fmt: skip
         ax.axhline(0, color="0.45", linestyle="--", linewidth=1)
         ax.set_xscale("log")
+        ax.set_xticks(x[order], labels=[EngFormatter(sep="", places=1)(v) for v in x[order]])
+        ax.xaxis.set_minor_locator(NullLocator())  # a range below a decade has no other ticks
         ax.set_xlabel(LABEL.get(str(factor), str(factor)))
-        ax.legend()
-    panels[0][0].set_ylabel(f"{ylabel}, less the law of the loss")
+        ax.set_title(
+            f"{row['per_doubling']:+.2g} per doubling\n({row['lower']:+.2g} to "
+            f"{row['upper']:+.2g}), p {row['p_adjusted']:.2g}",
+            fontsize="small",
+        )
+    panels[0][0].set_ylabel(f"{ylabel}\nless law and other factors")
     return list(panels[0])

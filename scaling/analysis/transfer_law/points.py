@@ -68,6 +68,22 @@ def transfer_points(
     )
 
 
+def mean_of_tasks(points: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """Each run's mean metric over the tasks that every run was evaluated on, and their names.
+
+    One task's noise is averaged down (Gadre et al. 2024, arXiv 2403.08540, section 2); the result
+    has the columns of one task without ``low`` and ``high``, and no rows for fewer than two tasks.
+    """
+    runs = points["run_key"].nunique()
+    counts = points.groupby("task")["run_key"].nunique()
+    tasks = tuple(map(str, counts.index[counts == runs]))
+    shared = points[points["task"].isin(tasks if len(tasks) > 1 else ())]
+    first = shared.drop_duplicates("run_key").set_index("run_key")
+    means = shared.groupby("run_key")["downstream"].mean()
+    table = first.assign(downstream=means, task="mean of tasks", low=np.nan, high=np.nan)
+    return table.reset_index(), tasks
+
+
 def noise_floor(points: pd.DataFrame) -> dict[str, Any]:
     """What no law of one task can predict, by two routes. [metric]
 

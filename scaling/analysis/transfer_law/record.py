@@ -21,6 +21,7 @@ from scaling.analysis.transfer_law.points import (
     FACTORS,
     LOWER_IS_BETTER,
     TransferPoints,
+    mean_of_tasks,
     transfer_points,
 )
 from scaling.analysis.transfer_law.pooled import held_out_tasks, pooled_law
@@ -42,13 +43,17 @@ def transfer_laws(
     """Transfer laws of every task, alone and pooled, and whether equal loss is equal transfer.
 
     Returns:
-        JSON-able, by metric: ``rises_with_loss``; ``tasks``: per task the record of
-        ``laws.TaskLaw``, ``system``, ``left_out``, ``equal_loss`` (``equality.EqualLossTest`` with
-        the chosen law as f, ``with_parabola`` its verdict with a parabola, and ``conclusion``: the
-        verdict where both agree and it survives the number of tasks), ``held_out_compute``
-        (``chain.compare_held_out``); ``pooled`` (``pooled.PooledLaw`` of the
-        tasks that scale) with ``held_out_tasks``, or
-        the reason under ``failed``; ``failed``: tasks without points.
+        JSON-able, by metric: ``rises_with_loss``; ``failed``: tasks without points; and
+
+        - ``tasks``: per task ``system``, ``left_out``, the record of ``laws.TaskLaw``;
+          ``equal_loss``: ``equality.EqualLossTest`` with the chosen law as f, ``with_parabola`` the
+          verdict with a parabola, and ``conclusion``: the verdict where both agree and which
+          survives the number of tasks (not of metrics); ``held_out_compute``:
+          ``chain.compare_held_out`` for the configurations of most compute;
+        - ``mean_of_tasks``: the same of the mean over the tasks that every run was evaluated on,
+          which ``over`` names; None with fewer than two;
+        - ``pooled``: ``pooled.PooledLaw`` of the tasks that scale, with ``held_out_tasks``, or the
+          reason under ``failed``.
     """
     return {m: _by_metric(transfer_points(tables, m), n_boot, seed) for m in metrics}
 
@@ -65,37 +70,67 @@ def _by_metric(points: TransferPoints, n_boot: int, seed: int) -> dict[str, Any]
     with_parabola = over_tasks({task: pair[1] for task, pair in tests.items()})
     tasks = {}
     for task, law in laws.items():
+        agree = task in tests and with_law[task] is with_parabola[task]
         tasks[task] = {
             "system": points.systems[task],
             "left_out": list(points.left_out[task]),
-            **law.to_dict(),
-            "equal_loss": None,
-            "held_out_compute": None,
+            **_one(law, tests.get(task), with_law[task] if agree else None, rises, seed),
         }
-        if task in tests:
-            agree = with_law[task] is with_parabola[task]
-            tasks[task]["equal_loss"] = {
-                **tests[task][0].to_dict(),
-                "with_parabola": str(tests[task][1].verdict),
-                "conclusion": str(with_law[task] if agree else EqualityVerdict.UNDECIDED),
-            }
-            tasks[task]["held_out_compute"] = _held_out(law, rises, seed)
     return {
         "rises_with_loss": rises,
         "tasks": tasks,
+        "mean_of_tasks": _mean_of_tasks(points.table, rises, n_boot, seed),
         "pooled": _pooled(points.table, [t for t, law in laws.items() if law.scales], seed),
         "failed": dict(points.failed),
     }
+
+
+def _one(
+    law: TaskLaw,
+    tests: tuple[EqualLossTest, EqualLossTest] | None,
+    agreed: EqualityVerdict | None,
+    rises: bool,
+    seed: int,
+) -> dict[str, Any]:
+    """The record of one task; ``agreed`` is the verdict that both tests and the correction give."""
+    found = {**law.to_dict(), "equal_loss": None, "held_out_compute": None}
+    if tests is not None:
+        found["equal_loss"] = {
+            **tests[0].to_dict(),
+            "with_parabola": str(tests[1].verdict),
+            "conclusion": str(agreed or EqualityVerdict.UNDECIDED),
+        }
+        found["held_out_compute"] = _held_out(law, rises, seed)
+    return found
+
+
+def _mean_of_tasks(
+    points: pd.DataFrame, rises: bool, n_boot: int, seed: int
+) -> dict[str, Any] | None:
+    table, over = mean_of_tasks(points)
+    if table.empty:
+        return None
+    law = fit_task(table, rises_with_loss=rises, n_boot=n_boot, seed=seed)
+    tests = None if law.fit is None else _equal_loss(law, seed)
+    agree = tests is not None and tests[0].verdict is tests[1].verdict
+    agreed = tests[0].verdict if tests is not None and agree else None
+    return {"over": list(over), **_one(law, tests, agreed, rises, seed)}
 
 
 def _equal_loss(law: TaskLaw, seed: int) -> tuple[EqualLossTest, EqualLossTest]:
     """The test with the task's law and with a parabola."""
     fit = law.fit
     assert fit is not None
+    factors = _known(law.points)
     return (
-        equal_loss_test(law.points, FACTORS, tangent=lambda x: tangent(fit, x), seed=seed),
-        equal_loss_test(law.points, FACTORS, seed=seed),
+        equal_loss_test(law.points, factors, tangent=lambda x: tangent(fit, x), seed=seed),
+        equal_loss_test(law.points, factors, seed=seed),
     )
+
+
+def _known(points: pd.DataFrame) -> list[str]:
+    """Factors that every run has."""
+    return [f for f in FACTORS if (points[f] > 0).all()]
 
 
 def _held_out(law: TaskLaw, rises: bool, seed: int) -> dict[str, Any]:
@@ -127,7 +162,7 @@ def _held_out(law: TaskLaw, rises: bool, seed: int) -> dict[str, Any]:
 def _separable(points: pd.DataFrame) -> tuple[list[str], list[str]]:
     """Factors that vary and are no other in disguise: with values enough, and with too few."""
     kept: dict[str, Array] = {}
-    for factor in FACTORS:
+    for factor in _known(points):
         x = np.log(points[factor].to_numpy(dtype=np.float64))
         alike = (abs(np.corrcoef(x, other)[0, 1]) for other in kept.values())
         if np.ptp(x) > 0 and all(r < SAME for r in alike):
@@ -138,6 +173,8 @@ def _separable(points: pd.DataFrame) -> tuple[list[str], list[str]]:
 
 def _pooled(points: pd.DataFrame, scaling: list[str], seed: int) -> dict[str, Any]:
     """The pooled law of the tasks that scale; the others have no curve to share."""
+    if len(scaling) < 2:
+        return {"failed": f"{len(scaling)} tasks scale; a pool needs two"}
     try:
         law = pooled_law(points[points["task"].isin(scaling)], seed=seed)
     except ValueError as e:
