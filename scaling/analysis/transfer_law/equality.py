@@ -185,13 +185,9 @@ def equal_loss_test(
     }  # fmt: skip
     if against is not None:
         return EqualLossTest(
-            EqualityVerdict.UNDECIDED,
-            (),
-            (against,),
-            _effects_table([], {}),
-            smallest_p=1.0,
-            **shared,
-        )
+            EqualityVerdict.UNDECIDED, (), (against,), _effects_table([], {}), smallest_p=1.0,
+            unexplained=residuals, **shared,
+        )  # fmt: skip
     rng = np.random.default_rng(seed)
     order, smallest = _permutations(loss, codes, n_permutations, rng)
     beta, error = _studentised(nuisance, z, codes, residuals[order])
