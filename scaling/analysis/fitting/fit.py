@@ -278,7 +278,8 @@ def _judge(
     if len(certificate.basins) > 1:
         above = certificate.basins[1] / certificate.basins[0] - 1 if certificate.basins[0] else 0
         evidence += f", {len(certificate.basins)} basins (the next {above:.2g} above)"
-    if not moved:
+    linear = not surface.form.outer and all(term.is_line for term in surface.form.terms)
+    if not moved and not linear:  # the starts of a linear law solve its least squares outright
         return FitStatus.STALLED, f"the optimum equals its start; {evidence}"
     if certificate.gradient > GRADIENT_TOLERANCE:
         stage = FitStatus.MAX_ITER if minima.exhausted[i] else FitStatus.STALLED
