@@ -8,7 +8,7 @@ import pytest
 
 from scaling.analysis.downstream import downstream_points
 from scaling.analysis.figures import transfer_vs_pretraining
-from scaling.analysis.report import study
+from scaling.analysis.study.report import study
 from scaling.results import Tables
 
 

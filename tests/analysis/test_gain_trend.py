@@ -20,7 +20,7 @@ from matplotlib.collections import LineCollection, PathCollection
 
 from scaling.analysis.figures import GAIN_METRICS, SPREAD, draw, gain_vs_similarity
 from scaling.analysis.gains import encoder, gain_points, gains_report, trend
-from scaling.analysis.report import study
+from scaling.analysis.study.report import study
 from scaling.results import GAINS_SCHEMA, MEASURES, Tables
 
 RUNS = ("r0", "r1", "r2")

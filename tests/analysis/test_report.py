@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from scaling.analysis import FitStatus, PowerLawFit, fit_power_law
-from scaling.analysis.report import COMPUTE, study, write_study
+from scaling.analysis.study.report import COMPUTE, study, write_study
 from scaling.results import Tables
 
 PLANTED = 0.06
@@ -148,7 +148,7 @@ def test_an_alternative_that_did_not_converge_is_against(
         status = FitStatus.STALLED if choices["y"] == "loss_refit" else FitStatus.CONVERGED
         return replace(fit, status=status, message="a reason")
 
-    monkeypatch.setattr("scaling.analysis.report.fit_power_law", stalled)
+    monkeypatch.setattr("scaling.analysis.study.report.fit_power_law", stalled)
     noise = np.exp(np.random.default_rng(0).normal(0, 0.03, len(tables.runs)))
     loss = 3 * (tables.runs["pf_days"].to_numpy() / 1e-9) ** -PLANTED * noise
     conclusion = study(with_loss(tables, loss), n_boot=60)["compute"]["conclusion"]
