@@ -1,8 +1,11 @@
 """Which factors a sweep can tell apart: negatives, users seen and repetition before all.
 
-Batch size is compute, negatives and repetition at once. Two quantities are parted by a design only
-if the logarithm of one is not a linear combination of those of the others; where it is, every law
-that has both has a family of optima, and no fit can tell them apart.
+Batch size is compute, negatives and repetition at once. Quantities are parted by a design only if
+the logarithm of one is not a linear combination of those of the others; where it is, products of
+powers of them have a family of optima, and no fit can tell them apart.
+
+Passes over the users are no quantity of their own: users_seen x (1 + repeats) = steps x batch_size
+in every run of every design. A law with all of them parts them by its form alone.
 """
 
 from collections.abc import Sequence
@@ -13,6 +16,7 @@ import pandas as pd
 
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.verdicts import IDENTIFICATION, variance_inflation
+from scaling.analysis.study.factors import REPEATS
 
 COLUMNS = {
     "n_total": "n_total",
@@ -24,9 +28,8 @@ COLUMNS = {
     "steps": "steps",
 }
 """Quantities of a design, and what the logarithm is taken of."""
-FOCUS = ("negatives", "users_seen", "repeats")
+FOCUS = ("negatives", "users_seen", REPEATS)
 """Those that batch size moves along."""
-AGAINST = ("batch_size", *FOCUS)
 SETTINGS = {"negatives": "negatives", "users_seen": "n_users", "repeats": "n_users"}
 """What sets a quantity apart from batch size: the other factors of the run stay."""
 LEVELS = (0.5, 0.25, 0.125)
@@ -40,17 +43,21 @@ def aliasing(runs: pd.DataFrame) -> dict[str, Any]:
 
     Returns:
         ``rule``; ``columns``: per quantity ``verdict`` (``constant``, ``aliased``, ``entangled``,
-        ``parted``), variance ``inflation`` given all others that vary, and for an aliased one the
-        ``combination``: exponents of the others whose product it is; ``pairs``: of ``FOCUS`` with
-        ``AGAINST``, ``verdict``, squared ``correlation`` of the logarithms, ``reason`` and
-        ``parted_by``: runs that would part them, ``like`` (run key) with ``setting`` at ``value``,
-        and the squared correlation ``then``; empty where none of ``LEVELS`` does.
+        ``parted``), variance ``inflation`` given all others that vary (but passes), and for an
+        aliased one the ``combination``: exponents of the others whose product it is; ``pairs``: of ``FOCUS`` with
+        batch size and each other, ``verdict``, squared ``correlation`` of the logarithms, ``reason`` and
+        ``parted_by``: runs that would part them, each ``like`` a run but for its ``setting`` at
+        ``value``, with the squared correlation ``then``, if those before it are run, too.
     """
     logs = _logs(runs)
     varying = [c for c in COLUMNS if len(logs) > 1 and np.ptp(logs[c].to_numpy()) > 0]
-    inflation = dict(
-        zip(varying, variance_inflation(logs[varying].to_numpy()), strict=True) if varying else ()
-    )
+    free = [c for c in varying if c != REPEATS]
+    inflation = {}
+    if free:
+        inflation = dict(zip(free, variance_inflation(logs[free].to_numpy()), strict=True))
+    if REPEATS in varying:
+        own = variance_inflation(logs[[REPEATS, *free]].to_numpy())
+        inflation[REPEATS] = own[0]
     columns: dict[str, dict[str, Any]] = {}
     for name in COLUMNS:
         if name not in varying:
@@ -61,7 +68,7 @@ def aliasing(runs: pd.DataFrame) -> dict[str, Any]:
         columns[name] = {
             "verdict": _verdict(moved),
             "inflation": None if aliased else moved,
-            "combination": _combination(logs, name, varying) if aliased else None,
+            "combination": _combination(logs, name, free) if aliased else None,
         }
     pairs = [
         _pair(runs, logs, a, b)
@@ -138,8 +145,7 @@ def _pair(runs: pd.DataFrame, logs: pd.DataFrame, a: str, b: str) -> dict[str, A
 
 
 def _parted_by(runs: pd.DataFrame, a: str, b: str) -> list[dict[str, Any]]:
-    """Runs like the one of most compute, with the setting of one quantity lowered, until the pair
-    is parted; none where that does not do."""
+    """Runs like the one of most compute, with the setting of one quantity lowered step by step."""
     if not len(runs):
         return []
     like = runs.iloc[int(runs["pf_days"].argmax())]
@@ -159,8 +165,8 @@ def _parted_by(runs: pd.DataFrame, a: str, b: str) -> list[dict[str, Any]]:
                 "like": None if pd.isna(like["run_key"]) else str(like["run_key"]),
                 "setting": setting, "value": value, "then": then,
             })  # fmt: skip
-            if 1 / (1 - min(then, 1 - 1e-12)) <= IDENTIFICATION.max_inflation and then > 0:
-                return proposed
+        if proposed:
+            return proposed
     return []
 
 

@@ -14,21 +14,25 @@ import scaling
 from scaling.analysis.fitting.status import FitError
 from scaling.analysis.study.aliasing import aliasing
 from scaling.analysis.study.choices import COMPUTE
-from scaling.analysis.study.claims import RULE, evaluated
+from scaling.analysis.study.claims import RULE, evaluated, same_loss_same_transfer
 from scaling.analysis.study.compute import compute_laws, rank_correlation
 from scaling.analysis.study.conclusions import conclusions
-from scaling.analysis.study.downstream import correlations, downstream_points
+from scaling.analysis.study.downstream import downstream_report
+from scaling.analysis.study.extrapolation import approaches, rollouts
 from scaling.analysis.study.gains import gains_report
 from scaling.analysis.study.joint import joint
 from scaling.analysis.study.laws import Laws
 from scaling.analysis.study.limits import limits
 from scaling.analysis.study.losses import losses
 from scaling.analysis.study.runs import runs_to_fit
+from scaling.analysis.transfer_law.record import transfer_laws
 from scaling.files import write_json
 from scaling.results import Tables
 
 FITS_VERSION = 2
 """Version of ``fits.json``; it rises when a reader of an older one would misread it."""
+TRANSFER_DRAWS = 400
+"""At most so many bootstrap draws for the laws of transfer."""
 
 
 def study(tables: Tables, *, n_boot: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -44,6 +48,11 @@ def study(tables: Tables, *, n_boot: int = 1000, seed: int = 0) -> dict[str, Any
     """
     runs, rows = runs_to_fit(tables)
     laws = Laws(runs, n_boot=n_boot, seed=seed)
+    claims = evaluated(laws, conclusions(laws))
+    of_transfer = None
+    if len(tables.transfer):
+        of_transfer = transfer_laws(tables, n_boot=min(n_boot, TRANSFER_DRAWS), seed=seed)
+        claims.append(same_loss_same_transfer(of_transfer))
     return {
         "schema_version": FITS_VERSION,
         "program": f"clue-scaling {scaling.__version__}",
@@ -51,15 +60,18 @@ def study(tables: Tables, *, n_boot: int = 1000, seed: int = 0) -> dict[str, Any
         "y": "loss: contrastive loss on the fixed pool at the final step [nats]",
         "counting": COMPUTE,
         "rows": rows | {"outliers": laws.outliers()},
-        "claims": {"rule": RULE, "claims": evaluated(laws, conclusions(laws))},
+        "claims": {"rule": RULE, "claims": claims},
         "rank_correlation": {x: rank_correlation(runs, x) for x in COMPUTE},
         "compute": compute_laws(laws),
         "joint": joint(laws),
         "limits": _limits(laws),
+        "approaches": approaches(laws),
+        "rollouts": rollouts(laws),
         "aliasing": aliasing(runs),
         "repetition": repetition(runs),
         "losses": losses(runs, min(n_boot, 200), seed),
-        "transfer": _transfer(tables),
+        "transfer": downstream_report(tables.transfer, tables.runs),
+        "transfer_laws": of_transfer,
         "gains": gains_report(tables.gains),
     }
 
@@ -97,17 +109,3 @@ def _limits(laws: Laws) -> dict[str, Any]:
         return {**limits(laws.fit("joint"), laws.runs), "failed": None}
     except FitError as e:
         return {"cells": [], "failed": str(e)}
-
-
-def _transfer(tables: Tables) -> dict[str, Any]:
-    """Per task: correlation of downstream and pretraining loss over runs."""
-    return {
-        task: {
-            "system": found.system,
-            "n": len(found.points),
-            **correlations(found.points),
-            "left_out": list(found.left_out),
-            "failed": found.failed,
-        }
-        for task, found in downstream_points(tables.transfer, tables.runs).items()
-    }
