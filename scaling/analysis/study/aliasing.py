@@ -44,10 +44,11 @@ def aliasing(runs: pd.DataFrame) -> dict[str, Any]:
     Returns:
         ``rule``; ``columns``: per quantity ``verdict`` (``constant``, ``aliased``, ``entangled``,
         ``parted``), variance ``inflation`` given all others that vary (but passes), and for an
-        aliased one the ``combination``: exponents of the others whose product it is; ``pairs``: of ``FOCUS`` with
-        batch size and each other, ``verdict``, squared ``correlation`` of the logarithms, ``reason`` and
-        ``parted_by``: runs that would part them, each ``like`` a run but for its ``setting`` at
-        ``value``, with the squared correlation ``then``, if those before it are run, too.
+        aliased one the ``combination``: exponents of the others whose product it is; ``pairs``: of
+        ``FOCUS`` with batch size and each other, ``verdict``, squared ``correlation`` of the
+        logarithms, ``reason`` and ``parted_by``: runs that would part them, each ``like`` a run but
+        for its ``setting`` at ``value``, with the squared correlation ``then``, if those before it
+        are run, too.
     """
     logs = _logs(runs)
     varying = [c for c in COLUMNS if len(logs) > 1 and np.ptp(logs[c].to_numpy()) > 0]

@@ -20,32 +20,24 @@ CURVE_POINTS = 41
 
 
 def joint(laws: Laws) -> dict[str, Any]:
-    """``factors`` and those ``left_out`` with the reason; per loss the additive law ``with_floor``
-    and ``without_floor``; the laws ``repeated`` and ``rising``; ``forms`` and ``sizes``: which
-    form and which counting of parameters predicts runs left out; ``panels`` and ``points``."""
+    """``factors`` and those ``left_out`` with the reason; the additive law ``with_floor`` and
+    ``without_floor``, and of the ``best_checkpoint``; the laws with ``repetition``; ``forms`` and
+    ``sizes``: which form and which counting of parameters predicts runs left out; ``panels`` and
+    ``points`` to draw."""
     factors = laws.factors()
-    out: dict[str, Any] = {"factors": list(factors.names), "left_out": factors.left_out}
-    if not factors.names:
-        failed = {"fit": None, "failed": "no factor varies"}
-        return out | {
-            "with_floor": failed, "without_floor": failed, "best_checkpoint": failed,
-            "repetition": {}, "forms": {"comparison": None, "failed": failed["failed"]},
-            "sizes": {"comparison": None, "left_out": {}, "failed": failed["failed"]},
-            "panels": {}, "points": [],
-        }  # fmt: skip
-    forms = joint_forms(factors)
+    forms = joint_forms(factors) if factors.names else {}
     sizes, size_left_out = size_forms(laws.runs, factors)
-    out |= {
+    out = {
+        "factors": list(factors.names),
+        "left_out": factors.left_out,
         **_with_and_without_floor(laws),
-        "best_checkpoint": _said(lambda: laws.fit("joint", Choice(y="best_loss"))),
+        "best_checkpoint": _said(partial(laws.fit, "joint", Choice(y="best_loss"))),
         "repetition": {
-            name: _said(partial(_fit, laws, forms[name], ALTERNATIVE_DRAWS))
-            for name in ("repeated", "rising")
-            if name in forms
+            law: _said(partial(laws.fit, law)) for law in ("repeated", "rising") if law in forms
         },
         "forms": _compared(laws, forms),
         "sizes": _compared(laws, sizes) | {"left_out": size_left_out},
-    }  # fmt: skip
+    }
     try:
         shown = laws.fit("joint")
     except FitError:
@@ -57,11 +49,13 @@ def _with_and_without_floor(laws: Laws) -> dict[str, Any]:
     """The additive law that conclusions rest on, and its other half: with the floor at its bound of
     zero there is nothing to draw, so that this one has no intervals."""
     names = laws.factors().names
-    chosen = _said(lambda: laws.fit("joint"))
+    chosen = _said(partial(laws.fit, "joint"))
+    if not names:
+        return {"with_floor": chosen, "without_floor": chosen}
     if chosen["fit"] and not chosen["fit"]["form"].startswith("E + "):
-        other = _said(lambda: _fit(laws, additive(names), 0))
+        other = _said(partial(_fit, laws, additive(names), 0))
         return {"with_floor": other, "without_floor": chosen}
-    other = _said(lambda: _fit(laws, additive(names, floor=False), ALTERNATIVE_DRAWS))
+    other = _said(partial(_fit, laws, additive(names, floor=False), ALTERNATIVE_DRAWS))
     return {"with_floor": chosen, "without_floor": other}
 
 

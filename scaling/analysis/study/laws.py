@@ -27,11 +27,13 @@ AXES = {
     "compute_floor": ("compute", "y", "points"),
     "shapes": ("compute", "y"),
     "joint": ("size", "length", "y", "objective", "rows"),
+    "repeated": ("size", "y", "rows"),
     "rising": ("size", "y", "rows"),
 }
 """The laws, and the axes of choice that concern each."""
 JOINT_DRAWS = 400
-"""At most so many bootstrap draws for the joint law, the slow fit; enough for a verdict."""
+"""At most so many bootstrap draws for the slow fits, the joint law and laws with a floor; enough
+for a verdict."""
 ALTERNATIVE_DRAWS = 200
 """At most so many for it under another choice."""
 FOLDS = 5
@@ -130,17 +132,18 @@ class Laws:
                 objective=objective,
             )  # fmt: skip
         if law in ("compute", "compute_floor"):
+            floor = law == "compute_floor"
             return fit_power_law(
-                rows, x=choice.compute, y=choice.y, irreducible=law == "compute_floor",
-                frontier=choice.points == "frontier", objective=objective, n_boot=self.n_boot,
-                seed=self.seed,
+                rows, x=choice.compute, y=choice.y, irreducible=floor,
+                frontier=choice.points == "frontier", objective=objective,
+                n_boot=min(self.n_boot, JOINT_DRAWS) if floor else self.n_boot, seed=self.seed,
             )  # fmt: skip
         factors = self.factors(choice)
         if not factors.names:
             raise FitError("no factor of the joint law varies")
-        form = joint_forms(factors).get("additive" if law == "joint" else "rising")
+        form = joint_forms(factors).get("additive" if law == "joint" else law)
         if form is None:
-            raise FitError("no two runs differ in passes over their users")
+            raise FitError("no two runs differ in passes over their users, or in users seen")
         base = choice == Choice()
         draws = min(self.n_boot, JOINT_DRAWS if base else ALTERNATIVE_DRAWS)
         return settled(
