@@ -188,7 +188,8 @@ def _print_claims(claims: Sequence[Mapping[str, Any]]) -> None:
     typer.echo("lower, upper: 95 % at the base choice; lowest, highest: over all choices")
     for claim in claims:
         if not claim["holds"]:
-            first, more = claim["against"][0], len(claim["against"]) - 1
+            first = claim["against"][0].partition(";")[0]
+            more = len(claim["against"]) - 1
             typer.echo(
                 f"  open, {claim['name']}: {first}" + (f" (and {more} more)" if more else "")
             )
@@ -235,7 +236,7 @@ def _print_joint(joint: Mapping[str, Any]) -> None:
             continue
         typer.echo(f"  {name.replace('_', ' ')}, {law['status']}: {law['equation']}")
         for verdict in law["identified"].values():
-            known = "identified" if verdict["identified"] else verdict["reasons"]
+            known = verdict["reasons"].partition(";")[0] or "identified"
             typer.echo(f"    {verdict['factor']} {cell(verdict['exponent'])}: {known}")
     for name in ("forms", "sizes"):
         compared = joint[name]["comparison"]

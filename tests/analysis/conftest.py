@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -122,6 +123,14 @@ def tables(folder: Path) -> Tables:
 
 
 @pytest.fixture(scope="session")
+def fits(tables: Tables) -> dict[str, Any]:
+    """The report on the study with the planted law; it takes a while."""
+    from scaling.analysis import study
+
+    return study(tables, n_boot=60)
+
+
+@pytest.fixture(scope="session")
 def world() -> Callable[..., pd.DataFrame]:
     """Makes the runs of a full design of three factors and two data fractions, with a planted
     additive law: ``world({"n_total": 0.3}, floor=1.0, noise=0.01)``, exponents about medians."""
@@ -148,7 +157,8 @@ def _world(exponents: dict[str, float], *, floor: float = 0.0, noise: float = 0.
         items_per_user_mean=0.9 * grid["items_per_user"] ** 0.95,
         n_non_embedding=0.7 * grid["n_total"], n_item=0.3 * grid["n_total"],
         n_service=0.4 * grid["n_total"], n_users=users, users_seen=np.minimum(users, met),
-        repeats=np.maximum(0, met / users - 1), epochs=met / users, model="m", lr=1e-3, eps=1e-6, clip_norm=0.01,
+        repeats=np.maximum(0, met / users - 1), epochs=met / users, model="m", lr=1e-3, eps=1e-6,
+        clip_norm=0.01,
     )  # fmt: skip
     pf = 6 * runs["n_total"] * runs["batch_size"] * steps * runs["items_per_user"] / 8.64e19
     runs["pf_days"], runs["pf_days_exact"] = pf, 1.3 * pf

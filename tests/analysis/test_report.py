@@ -18,11 +18,6 @@ from scaling.results import Tables
 PLANTED = 0.06
 
 
-@pytest.fixture(scope="module")
-def fits(tables: Tables) -> dict[str, Any]:
-    return study(tables, n_boot=60)
-
-
 def changed(tables: Tables, runs: pd.DataFrame) -> Tables:
     return replace(tables, runs=runs)
 
