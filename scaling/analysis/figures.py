@@ -35,10 +35,10 @@ LABELS = {
     "n_non_embedding": "parameters, non-embedding",
     "batch_size": "batch size [users]",
     "items_per_user": "items per user",
-    "items_per_user_mean": "items per user, realised mean",
+    "items_per_user_mean": "items per user, mean",
     "users_seen": "distinct users met",
     "negatives": "negatives [users]",
-    "epochs": "passes over the users",
+    "epochs": "passes over users",
     "data_fraction": "data fraction",
     "n_users": "users",
 }
@@ -266,7 +266,7 @@ def _scatter_by(ax: Axes, runs: pd.DataFrame, x: str, y: str, hue: str) -> None:
         some = runs[values == level]
         ax.scatter(
             some[x], some[y], color=cmap(0.92 * i / max(1, len(levels) - 1)), s=34, linewidths=0,
-            marker=MARKERS[i % len(MARKERS)], label=f"{_short(level)} {LABELS.get(hue, hue)}",
+            marker=MARKERS[i % len(MARKERS)], label=f"{short(level)} {LABELS.get(hue, hue)}",
             zorder=3,
         )  # fmt: skip
 
@@ -294,7 +294,7 @@ def _legend(ax: Axes) -> None:
         ax.legend(unique.values(), unique.keys(), loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """4,200,000 as 4.2M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:

@@ -193,8 +193,8 @@ def test_panels_and_residuals_show_every_run(
     np.testing.assert_allclose(line.get_ydata(), curve["y"])
     left = figures.residuals(runs, joint_record)
     assert [ax.get_xlabel() for ax in left] == [
-        "parameters", "batch size [users]", "items per user, realised mean",
-        "passes over the users",
+        "parameters", "batch size [users]", "items per user, mean",
+        "passes over users",
     ]  # fmt: skip
     shown = np.concatenate([line.get_ydata() for line in left[0].lines[1:]])
     assert sorted(shown) == pytest.approx(sorted(p["residual"] for p in joint_record["points"]))

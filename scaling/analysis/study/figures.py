@@ -8,8 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from scaling.analysis.figures import LABELS, MARKERS, STYLE
+from scaling.analysis.figures import LABELS, MARKERS, STYLE, short
 from scaling.analysis.fitting.frontier import compute_frontier
 
 
@@ -25,7 +26,7 @@ def loss_panels(
         joint: ``fits["joint"]``.
         axes: one a factor; made where there are none.
     """
-    panels = joint["panels"]
+    panels = {name: joint["panels"][name] for name in joint["factors"]}
     axes = list(axes) or _row(len(panels))
     points = pd.DataFrame(joint["points"]).merge(runs, on="run_key")
     for ax, (name, panel) in zip(axes, panels.items(), strict=True):
@@ -40,8 +41,7 @@ def loss_panels(
             ax.fill_between(
                 curve["x"], curve["lower"], curve["upper"], color="C1", alpha=0.18, linewidth=0
             )
-        ax.set_xscale("log")
-        ax.set_xlabel(LABELS.get(name, name))
+        _log_x(ax, name)
     axes[0].set_ylabel(LABELS.get(y, y))
     return axes
 
@@ -57,7 +57,7 @@ def residuals(
         joint: ``fits["joint"]``.
     """
     points = pd.DataFrame(joint["points"]).merge(runs, on="run_key")
-    names = [*joint["panels"], "epochs"]
+    names = [*joint["factors"], "epochs"]
     axes = list(axes) or _row(len(names))
     for ax, name in zip(axes, names, strict=True):
         ax.axhline(0, color="0.45", linewidth=1)
@@ -65,8 +65,7 @@ def residuals(
             points[name], points["residual"], "o", color="C0", markersize=5, alpha=0.8,
             markeredgewidth=0,
         )  # fmt: skip
-        ax.set_xscale("log")
-        ax.set_xlabel(LABELS.get(name, name))
+        _log_x(ax, name)
     axes[0].set_ylabel("ln(loss / law)")
     return axes
 
@@ -148,6 +147,17 @@ def limiting_cloud(
     ax.set_ylabel(LABELS.get(y, y))
     ax.legend(title="limited by", loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return ax
+
+
+def _log_x(ax: Axes, name: str) -> None:
+    """A logarithmic axis with few plain numbers, as panels are narrow."""
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high / low < 30 else (1.0,)
+    ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel(LABELS.get(name, name))
 
 
 def _row(n: int) -> list[Axes]:
