@@ -13,14 +13,14 @@ from scaling.analysis.fitting.objective import Objective
 from scaling.analysis.fitting.parameters import FLOOR
 from scaling.analysis.fitting.selection import select
 from scaling.analysis.fitting.status import FitError, FitStatus
-from scaling.analysis.study.choices import (
+from scaling.analysis.studies.choices import (
     ALL_RUNS,
     OBJECTIVES,
     OUTLIER_LIMIT,
     WITHOUT_OUTLIERS,
     Choice,
 )
-from scaling.analysis.study.factors import Factors, additive, factors_of, joint_forms
+from scaling.analysis.studies.factors import Factors, additive, factors_of, joint_forms
 
 AXES = {
     "compute": ("compute", "y", "objective", "rows", "points"),

@@ -14,8 +14,8 @@ from scaling.analysis.fitting.intervals import tail
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.law import LawFit
 from scaling.analysis.fitting.record import plain
-from scaling.analysis.study.factors import REPEATS, USERS
-from scaling.analysis.study.runs import CELL
+from scaling.analysis.studies.factors import REPEATS, USERS
+from scaling.analysis.studies.runs import CELL
 
 AGREE = 0.95
 """Share of the bootstrap draws that must name the same factor for it to be said to limit."""
