@@ -73,7 +73,7 @@ class FactorAudit:
 
     Attributes:
         low, high, values: of the factor over the plan.
-        decades: log10(high / low).
+        decades: log10(high / low); None where it starts at 0.
         inflation: of the variance by the law's other factors; None where it is not in the law.
         with_compute: correlation of its logarithm with that of compute; None if either is fixed.
         exponent: assumed.
@@ -91,7 +91,7 @@ class FactorAudit:
     low: float
     high: float
     values: int
-    decades: float
+    decades: float | None
     inflation: float | None = None
     with_compute: float | None = None
     exponent: float | None = None
@@ -223,7 +223,8 @@ def judge(
     rule = IDENTIFICATION
     x = plan[factor].to_numpy(dtype=np.float64)
     low, high, values = float(x.min()), float(x.max()), distinct(x)
-    decades = float(np.log10(high / low)) if low > 0 else float("inf") if high > 0 else 0.0
+    span = high / low if low > 0 else float("inf")
+    decades = float(np.log10(span)) if low > 0 else None
     with_compute = (
         correlation(logs[factor], logs[COMPUTE]) if factor in logs and COMPUTE in logs else None
     )
@@ -238,7 +239,7 @@ def judge(
     if values == 1:
         return _with(basic, "not identifiable", ["the same in every run"])
     if found is None or state is None:
-        reasons = [f"left out of the law: {values} values over a factor of {high / low:.3g}"]
+        reasons = [f"left out of the law: {values} values over a factor of {span:.3g}"]
         return _with(basic, "not identifiable", reasons)
     exponent, error, error_high = found
     names = [c for c in state.belief.surface.form.columns if c in logs]
@@ -254,9 +255,9 @@ def judge(
         weak.append(f"expected 95 % interval {exponent:.2g} ± {1.96 * error:.2g} is wide")
     if values < rule.min_values:
         wrong.append(f"only {values} values")
-    if high / low < rule.min_range:
-        wrong.append(f"spans only a factor of {high / low:.3g}")
-    elif decades < WISHED_DECADES - 0.005:
+    if span < rule.min_range:
+        wrong.append(f"spans only a factor of {span:.3g}")
+    elif decades is not None and decades < WISHED_DECADES - 0.005:
         weak.append(f"spans {decades:.3g} decades, wished {WISHED_DECADES:g}")
     if inflation is not None and inflation > rule.max_inflation:
         weak.append(f"moves with the other factors (variance inflation {inflation:.3g})")

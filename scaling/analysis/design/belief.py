@@ -6,7 +6,6 @@ centre of the design, and exponents. Criteria are averaged over laws drawn aroun
 design: Chaloner and Verdinelli 1995, Statistical Science 10), and finished runs narrow the draws.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from scaling import ClueError
-from scaling.analysis.fitting.forms import Form
+from scaling.analysis.fitting.forms import Form, FormError
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.parameters import FLOOR, Slot, is_coefficient
 from scaling.analysis.fitting.surface import Surface
@@ -79,34 +78,38 @@ CONCENTRATION = 2.0
 """Of the Dirichlet distribution of the terms' shares, per term."""
 
 
-def assumption_of(path: Path, centre: Mapping[str, float]) -> Assumption:
-    """The assumption that a fitted law makes, read off at the centre of a design.
+def assumption_of(path: Path, plan: pd.DataFrame) -> tuple[Assumption, str]:
+    """The assumption that a fitted law makes, read off at the centre of a plan, and its form.
 
     Args:
-        path: JSON of ``clue-scaling fit --json`` or ``fits.json`` of a sweep; of the latter the
-            joint law.
-        centre: a value of every column that the design knows.
+        path: JSON of ``clue-scaling fit --json`` or ``fits.json`` of a sweep; of several laws the
+            one in most columns.
+        plan: rows whose mean logarithms are the centre.
 
     Raises:
-        DesignError: the file holds no law, or one of columns that the design does not have.
+        DesignError: the file holds no law, or only laws of columns that the plan does not have.
     """
     try:
         found = _laws(read_json(path))
-    except (RecordError, json.JSONDecodeError) as e:
+    except RecordError as e:
         raise DesignError(str(e)) from None
-    if not found:
-        raise DesignError(f"{path}: holds no law (form and params, as `clue-scaling fit` writes)")
-    law = max(found, key=lambda f: len(Form.parse(f["form"]).columns))
-    form, params = Form.parse(law["form"]), law["params"]
-    missing = [c for c in form.columns if c not in centre]
-    if missing:
-        raise DesignError(f"{path}: its law {form} has columns the design lacks: {missing}")
-    at = {c: np.array([centre[c]]) for c in form.columns}
-    surface = Surface.of(form, at, np.ones(1))
-    try:
-        parts = surface.parts(surface.theta(params), at)
-    except TypeError:
-        raise DesignError(f"{path}: parameters of {form} are not all numbers") from None
+    usable = [
+        (law, form)
+        for law in found
+        if (form := _form(law["form"])) and set(form.columns) <= set(plan)
+    ]
+    if not usable:
+        said = "; ".join(dict.fromkeys(law["form"] for law in found)) or "none"
+        raise DesignError(f"{path}: no law of columns of the plan; its laws: {said}")
+    law, form = max(usable, key=lambda pair: len(pair[1].columns))
+    params = law["params"]
+    if any(v is None for v in params.values()):
+        raise DesignError(f"{path}: not all parameters of {form} are numbers")
+    columns = columns_of(form, plan)
+    at = {c: np.array([np.exp(np.log(x[x > 0]).mean())]) for c, x in columns.items() if x.any()}
+    at = {c: at.get(c, np.zeros(1)) for c in columns}
+    surface = Surface.of(form, columns, np.ones(len(plan)))
+    parts = surface.parts(surface.theta(params), at)
     floor = float(parts.pop(FLOOR, np.zeros(1))[0])
     sizes = {label: abs(float(v[0])) for label, v in parts.items()}
     total = sum(sizes.values())
@@ -116,13 +119,22 @@ def assumption_of(path: Path, centre: Mapping[str, float]) -> Assumption:
         for name in (f"exponent.{c}", "exponent")
         if (value := params.get(name)) is not None and float(value) > 0
     }
-    return Assumption(
+    given = Assumption(
         floor_share=min(max(floor, 0.0) / (floor + total), 0.99),
-        r_star=next((v for k, v in params.items() if k.startswith("r_star") and v), 15.4),
+        r_star=next((v for k, v in params.items() if k.startswith("r_star")), Assumption.r_star),
         exponents=exponents,
         shares={label: size / total for label, size in sizes.items()},
-        source=f"{path}: {law.get('equation', form)}",
+        source=f"law of {path} ({law.get('status', 'no status')}): {law.get('equation', form)}",
     )
+    return given, str(form)
+
+
+def _form(text: str) -> Form | None:
+    """A form; None for the words of an older release."""
+    try:
+        return Form.parse(text)
+    except FormError:
+        return None
 
 
 def _laws(record: Any) -> list[Mapping[str, Any]]:

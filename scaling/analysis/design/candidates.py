@@ -39,7 +39,13 @@ class Candidate:
     run: PlannedRun
 
 
-def candidates(grid: Grid, card: CorpusCard, *, wide: str | None = None) -> list[Candidate]:
+def candidates(
+    grid: Grid,
+    card: CorpusCard,
+    *,
+    columns: Sequence[str] = tuple(SETTING),
+    wide: str | None = None,
+) -> list[Candidate]:
     """Every combination of models, batch sizes, items per user and data fractions.
 
     Values are those declared in the sweep and, between the smallest and the largest: powers of two
@@ -47,6 +53,7 @@ def candidates(grid: Grid, card: CorpusCard, *, wide: str | None = None) -> list
     steps (data fractions).
 
     Args:
+        columns: of a law; what none of them stands for is not varied (``of_law``).
         wide: one of ``CROSSED`` that also goes beyond its declared values, up to ``WIDEN`` times.
 
     Raises:
@@ -60,6 +67,7 @@ def candidates(grid: Grid, card: CorpusCard, *, wide: str | None = None) -> list
         ),
         "data_fraction": _fractions(_numbers(grid, "data_fraction"), wide == "data_fraction"),
     }
+    by_key |= {key: [value] for key, value in _usual(grid, columns).items()}
     size = int(np.prod([len(v) for v in by_key.values()]))
     if size > MOST:
         raise DesignError(f"{grid.name}: {size} candidates, more than {MOST}; declare fewer values")
@@ -90,13 +98,18 @@ def table_of(found: Sequence[Candidate]) -> pd.DataFrame:
 def of_law(offered: Sequence[Candidate], columns: Sequence[str], grid: Grid) -> list[Candidate]:
     """Candidates that vary nothing but what the law's columns stand for: any other setting is that
     of ``[base]``, or its largest declared value, or the law would take its effect for another's."""
+    usual = _usual(grid, columns)
+    return [c for c in offered if all(c.point.get(k, v) == v for k, v in usual.items())]
+
+
+def _usual(grid: Grid, columns: Sequence[str]) -> Point:
+    """What a sweep is built around, of the settings that no column stands for."""
     keep = {SETTING[c] for c in columns if c in SETTING}
-    usual = {
+    return {
         key: grid.base[key] if key in grid.base else _largest(grid, key)
         for key in CROSSED
         if key not in keep
     }
-    return [c for c in offered if all(c.point.get(k, v) == v for k, v in usual.items())]
 
 
 def _largest(grid: Grid, key: str) -> Any:

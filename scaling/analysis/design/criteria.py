@@ -21,9 +21,9 @@ import numpy.typing as npt
 from scaling.analysis.fitting.jets import Array
 
 TARGET_WEIGHT = 0.8
-COST_POWERS = (0.3, 0.6, 1.0)
-"""The greedy design is made once for each: gain over cost to this power. Then exchanges."""
-EXCHANGE_PASSES = 3
+COST_POWERS = (0.0, 0.3, 0.6, 1.0)
+"""A design starts greedily once for each: by gain over cost to this power."""
+EXCHANGE_PASSES = 5
 ROUNDING = 1e-9
 """A design may exceed its budget by this share, for sums of floats round."""
 
@@ -85,22 +85,24 @@ class Problem:
 def choose(problem: Problem, budget: float, max_runs: int) -> list[int]:
     """The best design found within a budget: candidates, each at most once, in order of choice.
 
-    Greedy by gain over cost^power for every power of ``COST_POWERS``; the best of these designs is
-    then improved by exchanging one run at a time, and filled up with what is left.
+    Greedy by gain over cost^power, then exchanges of one run at a time, then filled up with what
+    is left, until nothing changes; for every power of ``COST_POWERS``, of which the best is kept.
 
     Args:
         budget: highest sum of ``cost``.
         max_runs: most runs.
     """
-    designs = [_greedy(problem, budget, max_runs, power, []) for power in COST_POWERS]
-    chosen = max(designs, key=problem.value)
-    for _ in range(EXCHANGE_PASSES):
-        better = _exchange(problem, budget, chosen)
-        better = _greedy(problem, budget, max_runs, 0.0, better)
-        if better == chosen:
-            break
-        chosen = better
-    return chosen
+    designs = []
+    for power in COST_POWERS:
+        chosen = _greedy(problem, budget, max_runs, power, [])
+        for _ in range(EXCHANGE_PASSES):
+            better = _exchange(problem, budget, chosen)
+            better = _greedy(problem, budget, max_runs, 0.0, better)
+            if better == chosen:
+                break
+            chosen = better
+        designs.append(chosen)
+    return max(designs, key=problem.value)
 
 
 def _affordable(problem: Problem, budget: float, chosen: Sequence[int]) -> npt.NDArray[np.bool_]:

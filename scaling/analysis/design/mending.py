@@ -16,7 +16,7 @@ from scaling.analysis.design.audit import (
     judge,
 )
 from scaling.analysis.design.belief import Assumption, Belief, believe, columns_of, log_jacobian
-from scaling.analysis.design.candidates import SETTING, candidates, of_law, table_of
+from scaling.analysis.design.candidates import SETTING, candidates, table_of
 from scaling.analysis.design.criteria import Problem
 from scaling.analysis.design.information import Information
 from scaling.analysis.design.relations import log_columns
@@ -59,9 +59,7 @@ def _mend(
     if form is None or name not in form.columns:
         form = Form.parse(f"{form or 'E'} + {name}")
     belief = believe(form, plan, assumption)
-    offered = of_law(candidates(grid, card, wide=SETTING[name]), form.columns, grid)
-    if not offered:
-        return None
+    offered = candidates(grid, card, columns=form.columns, wide=SETTING[name])
     table = table_of(offered)
     inside = np.ones(len(table), dtype=bool)
     for other in {*(f.factor for f in found.factors), *form.columns} - {name}:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scaling.analysis.design.audit import default_form
+from scaling.analysis.design.audit import UNMODELLED, default_form
 from scaling.analysis.design.belief import (
     Assumption,
     Belief,
@@ -123,7 +123,9 @@ def propose(
     """
     column = PRICES[price]
     finished = pd.DataFrame() if finished is None else finished
-    offered = _open(candidates(grid, card), finished)
+    offered = candidates(grid, card)
+    finished = _comparable(finished, table_of(offered[:1]))
+    offered = _open(offered, finished)
     every = pd.concat([table_of(offered), finished], ignore_index=True)
     form = default_form(every) if form is None else Form.parse(form)
     if form is None:
@@ -253,6 +255,14 @@ def sweep_file(grid: Grid, proposal: Proposal, folder: Path, beside_sizes: bool)
 
 def _key(name: str) -> str:
     return name if name.replace("_", "").isalnum() else to_toml_value(name)
+
+
+def _comparable(finished: pd.DataFrame, like: pd.DataFrame) -> pd.DataFrame:
+    """Finished runs that differ from candidates in nothing that a law has no factor for."""
+    same = pd.Series(True, index=finished.index)
+    for c in (c for c in UNMODELLED if c in finished):
+        same &= finished[c].astype(str) == str(like[c].iloc[0])
+    return finished[same]
 
 
 def _open(offered: Sequence[Candidate], finished: pd.DataFrame) -> list[Candidate]:
