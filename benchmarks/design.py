@@ -21,6 +21,7 @@ fitted form is wrong.
 
     python benchmarks/design.py --quick
     python benchmarks/design.py --studies 24
+    python benchmarks/design.py --max-runs 240            # PF-days alone limit
 """
 
 import argparse
@@ -303,12 +304,16 @@ def summary(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> list[dict
 
 
 def main() -> None:
+    global MAX_RUNS
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="three worlds, few studies")
     parser.add_argument("--studies", type=int, default=16, help="of methods that see losses")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--max-runs", type=int, default=MAX_RUNS, help="240: no limit")
+    parser.add_argument("--max-runs", type=int, default=MAX_RUNS, help="240: no limit")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    MAX_RUNS = args.max_runs
     worlds = [WORLDS[0], WORLDS[3], WORLDS[4]] if args.quick else WORLDS
     rows = []
     for world in worlds:

@@ -291,16 +291,17 @@ def test_what_cannot_be_assumed_is_refused(wrong: Callable[[], object], message:
 
 
 def test_the_verb_says_it_to_people_and_programs(tmp_path: Path) -> None:
-    call = ["audit", str(SWEEPS / "compute.toml"), "--root", str(tmp_path)]
+    call = ["audit", str(SWEEPS / "data_fraction.toml"), "--root", str(tmp_path)]
     said = CliRunner().invoke(app, call)
     assert said.exit_code == 0, said.output
     assert "batch_size: not identifiable" in said.output
     assert "identified with" in said.output
-    done = CliRunner().invoke(app, [*call, "--json", "--exponent", "n_total=0.2", "--noise", ".02"])
+    options = ["--json", "--exponent", "users_seen=0.2", "--noise", "0.02"]
+    done = CliRunner().invoke(app, [*call, *options])
     found = json.loads(done.stdout)
     assert found["noise"] == 0.02
     by = {f["factor"]: f for f in found["factors"]}
-    assert by["n_total"]["exponent"] == 0.2
+    assert by["users_seen"]["exponent"] == 0.2
     wrong = CliRunner().invoke(app, [*call, "--law", str(tmp_path / "none.json")])
     assert wrong.exit_code == 2
     assert "none.json" in wrong.output

@@ -99,6 +99,17 @@ def test_the_design_is_the_best_of_all_or_next_to_it(weight: float) -> None:
     assert max(gaps) < 0.2  # of a logarithm of variance
 
 
+def test_more_budget_tells_more() -> None:
+    table = grid_table()
+    belief = believe(FORM, table, Assumption())
+    problem = problem_of(
+        belief, table, table["pf_days"].to_numpy(), NOISE, Goal(space_of(table), 20.0)
+    )
+    values = [problem.value(choose(problem, budget, 16)) for budget in (0.01, 0.03, 0.1, 0.3)]
+    assert values == sorted(values)
+    assert values[-1] > values[0] + 0.3
+
+
 # --- targets --------------------------------------------------------------------------------------
 
 
@@ -126,9 +137,9 @@ def test_the_regret_matrix_foretells_what_wrong_decisions_cost() -> None:
         return float(surface.values(theta[None], space.columns(at[None]))[0, 0])
 
     for _ in range(5):
-        off = 0.01 * rng.normal(size=len(theta))
+        off = 0.001 * rng.normal(size=len(theta))
         cost = loss(best(surface, theta + off, space, 20.0)) / loss(v) - 1
-        assert cost == pytest.approx(off @ k @ off / 2, rel=0.1)
+        assert cost == pytest.approx(off @ k @ off / 2, rel=0.05)
 
 
 def test_users_and_repeats_follow_from_the_batch() -> None:
@@ -240,14 +251,6 @@ def test_the_file_is_read_back_as_the_runs_that_were_chosen(
     keys = ["n_total", "batch_size", "items_per_user", "data_fraction", "steps", "seed"]
     pd.testing.assert_frame_equal(rows[keys], pd.DataFrame(found.runs)[keys])
     assert set(rows["sweep"]) == {"scale_factors_next"}
-
-
-def test_more_budget_tells_more(scale: tuple[Grid, Proposal]) -> None:
-    grid, found = scale
-    less = propose(grid, read_card(grid.corpus, ROOT), 0.1, noise=NOISE, max_runs=20)
-    for many, few in zip(found.expected, less.expected, strict=True):
-        assert many["before"] is None
-        assert many["after"] < few["after"], many["quantity"]
 
 
 def test_seeds_and_the_paper_s_count_are_paid_for(scale: tuple[Grid, Proposal]) -> None:

@@ -261,7 +261,8 @@ def _comparable(finished: pd.DataFrame, like: pd.DataFrame) -> pd.DataFrame:
     """Finished runs that differ from candidates in nothing that a law has no factor for."""
     same = pd.Series(True, index=finished.index)
     for c in (c for c in UNMODELLED if c in finished):
-        same &= finished[c].astype(str) == str(like[c].iloc[0])
+        wanted = like[c].iloc[0]
+        same &= finished[c].isna() if pd.isna(wanted) else finished[c] == wanted
     return finished[same]
 
 
