@@ -146,8 +146,8 @@ def _analyse(
     console: Console, root: Path, tables: Tables, out: Path
 ) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """Fit and draw, unless the very files that the last demo left were made from these tables."""
-    from scaling.analysis.figures import draw
-    from scaling.analysis.report import study, write_study
+    from scaling.analysis.study.draw import draw
+    from scaling.analysis.study.report import study, write_study
 
     stamp = root / "demo.json"
     sources = _digests(out / f"{name}.parquet" for name in SCHEMAS)
@@ -204,8 +204,12 @@ def _findings(summary: Summary) -> Iterator[tuple[str, str]]:
     else:
         interval = (headline["fit"]["ci95"] or {}).get("exponent")
         yield "PF-day exponent", _interval(headline["fit"]["params"]["exponent"], interval)
-    for reason in fits["compute"]["conclusion"]["against"]:
+    claims = {claim["name"]: claim for claim in fits["claims"]["claims"]}
+    for reason in claims["compute_exponent"]["against"]:
         yield "  no conclusion", re.split(r" \[|, ", reason)[0]  # what is against it, in short
+    for claim in claims.values():
+        if claim["holds"]:
+            yield "survives", claim["statement"]
     yield from _joint(fits["joint"])
     table = summary.tables.transfer.query("segment == 'all'").set_index(["task", "system"])
     for task, found in fits["transfer"].items():
@@ -232,7 +236,7 @@ def _joint(laws: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     else:
         yield "joint law", "not fitted"
         return
-    for factor, verdict in fit["identified"].items():
+    for verdict in fit["identified"].values():
         ends = verdict["lower"], verdict["upper"]
         if verdict["identified"]:
             text = _interval(verdict["exponent"], ends)
@@ -240,7 +244,7 @@ def _joint(laws: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             text = "not identified (no interval)"
         else:
             text = f"not identified (interval {ends[0]:.2f} to {ends[1]:.2f})"
-        yield f"  {factor}", text
+        yield f"  {verdict['factor']}", text
 
 
 def _interval(value: float, ends: Sequence[float] | None) -> str:

@@ -129,10 +129,14 @@ def verdict(lower: float | None, upper: float | None, identified: bool = False) 
 
 def law(floor_identified: bool | None, first: dict[str, Any]) -> dict[str, Any]:
     names = ("n_total", "batch_size", "items_per_user", "users_seen")
+    other = verdict(0.09, 1.75)
     fit = {
         "params": {"irreducible": 0.83},
         "floor_identified": floor_identified,
-        "identified": dict.fromkeys(names, verdict(0.09, 1.75)) | {"n_total": first},
+        "identified": {
+            f"exponent.{name}": {"factor": name, **(first if name == "n_total" else other)}
+            for name in names
+        },
     }
     return {"fit": fit, "failed": None}
 
@@ -161,7 +165,13 @@ def test_the_table_reads_well_in_80_columns(identified: bool, said: list[str]) -
         "y loss_pool_256: BOUND_HIT, on a bound: exponent; relative gradient 1.0e-02",
     ]
     fits = {
-        "compute": {"headline": {"fit": headline}, "conclusion": {"against": against}},
+        "compute": {"headline": {"fit": headline}},
+        "claims": {
+            "claims": [
+                {"name": "compute_exponent", "holds": False, "against": against},
+                {"name": "memorisation", "holds": True, "statement": "it rises", "against": []},
+            ]
+        },
         "joint": {
             "with_floor": law(identified, verdict(0.1, 0.2, identified=True)),
             "without_floor": law(None, verdict(None, None)),
@@ -180,6 +190,7 @@ def test_the_table_reads_well_in_80_columns(identified: bool, said: list[str]) -
         ["no conclusion", "headline: zero is in the 95 % interval"],
         ["no conclusion", "x pf_days_non_embedding: exponent 0.0716 disagrees"],
         ["no conclusion", "y loss_pool_256: BOUND_HIT"],
+        ["survives", "it rises"],
         said,
         [
             "n_total",

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scaling.analysis.figures import (
-        draw,
         gain_vs_similarity,
         loss_vs_compute,
         transfer_vs_pretraining,
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
     from scaling.analysis.fitting.objective import Objective
     from scaling.analysis.fitting.status import FitError, FitStatus
     from scaling.analysis.fitting.verdicts import Identification
-    from scaling.analysis.report import study, write_study
+    from scaling.analysis.study.draw import draw
+    from scaling.analysis.study.report import study, write_study
 
 _HOME = {
     "FitError": "fitting.status",
@@ -38,14 +38,14 @@ _HOME = {
     "LawFit": "fitting.law",
     "Objective": "fitting.objective",
     "compute_frontier": "fitting.frontier",
-    "draw": "figures",
+    "draw": "study.draw",
     "fit_law": "fitting.fit",
     "fit_power_law": "fitting.fit",
     "gain_vs_similarity": "figures",
     "loss_vs_compute": "figures",
-    "study": "report",
+    "study": "study.report",
     "transfer_vs_pretraining": "figures",
-    "write_study": "report",
+    "write_study": "study.report",
 }
 
 __all__ = [

@@ -1,11 +1,10 @@
-"""Figures of a study. Each function takes tables and returns Axes; only ``draw`` writes files.
+"""Figures of tables and laws. Each function returns Axes; ``study.draw`` writes files.
 
-A law to draw is either a ``PowerLawFit`` or its ``to_dict()`` out of ``fits.json``, so that
+A law to draw is either a ``LawFit`` or its ``to_dict()`` out of ``fits.json``, so that
 committed tables and fits are enough to make every figure again.
 """
 
-import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,14 +13,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from scaling.analysis.downstream import correlations, downstream_points
 from scaling.analysis.fitting.frontier import compute_frontier
-from scaling.analysis.gains import encoder, gain_points
-from scaling.files import write_bytes
-from scaling.results import Tables
+from scaling.analysis.study.downstream import correlations, downstream_points
+from scaling.analysis.study.gains import encoder, gain_points
 
 if TYPE_CHECKING:
     from scaling.analysis.fitting.law import LawFit
@@ -39,6 +35,10 @@ LABELS = {
     "n_non_embedding": "parameters, non-embedding",
     "batch_size": "batch size [users]",
     "items_per_user": "items per user",
+    "items_per_user_mean": "items per user, mean",
+    "users_seen": "distinct users met",
+    "negatives": "negatives [users]",
+    "epochs": "passes over users",
     "data_fraction": "data fraction",
     "n_users": "users",
 }
@@ -54,8 +54,6 @@ DOWNSTREAM_LABELS = {
 }
 
 
-GAIN_METRICS = ("hr_10", "mrr")
-"""Panels of the figure of gains."""
 SPREAD = 0.01
 """Half the width over which the runs of a task are spread around its tau."""
 
@@ -231,60 +229,6 @@ def law_and_points(fit: "LawFit", x: str, *, ax: Axes | None = None, extend: flo
     return ax
 
 
-def draw(tables: Tables, fits: Mapping[str, Any], out: Path) -> list[Path]:
-    """Write all figures of a study as PNG and SVG.
-
-    Args:
-        fits: content of ``fits.json`` (``scaling.analysis.report.study``).
-        out: folder of the figures, ``results/<sweep>/figures``.
-
-    Returns:
-        Paths of the files written; a figure without data is not drawn.
-    """
-    figures: dict[str, Callable[[], Axes]] = {}
-    if tables.runs["loss"].notna().any():
-        law = fits.get("compute", {}).get("headline", {}).get("fit")
-        figures["loss_vs_compute"] = lambda: loss_vs_compute(tables.runs, law, extend=3.0)
-    if len(tables.transfer):
-        figures["transfer_vs_pretraining"] = lambda: transfer_vs_pretraining(
-            tables.transfer, tables.runs
-        )
-    if _has_gains(tables.gains):
-        figures["gain_vs_similarity"] = lambda: _gain_panels(tables.gains)
-    written = []
-    for name, make in figures.items():
-        with mpl.rc_context(fname=STYLE):
-            figure = make().figure
-            assert isinstance(figure, Figure)
-            for kind in ("png", "svg"):
-                buffer = io.BytesIO()
-                # no date, so that the same tables give the same bytes
-                metadata = {"Software": None} if kind == "png" else {"Date": None}
-                figure.savefig(buffer, format=kind, metadata=metadata)
-                write_bytes(out / f"{name}.{kind}", buffer.getvalue())
-                written.append(out / f"{name}.{kind}")
-            plt.close(figure)
-    return written
-
-
-def _has_gains(gains: pd.DataFrame) -> bool:
-    """Whether at least two tasks have points of gains."""
-    system = encoder(gains)
-    tasks = gain_points(gains, GAIN_METRICS[0], system) if system else {}
-    return sum(len(found.points) > 0 for found in tasks.values()) > 1
-
-
-def _gain_panels(gains: pd.DataFrame) -> Axes:
-    """One panel a metric side by side, with one legend."""
-    _, panels = plt.subplots(1, len(GAIN_METRICS), layout="constrained", figsize=(9.6, 4.2))
-    for ax, metric in zip(panels, GAIN_METRICS, strict=True):
-        gain_vs_similarity(gains, metric=metric, ax=ax)
-    for ax in panels[:-1]:
-        ax.get_legend().remove()
-    last: Axes = panels[-1]
-    return last
-
-
 def _axes() -> Axes:
     with mpl.rc_context(fname=STYLE):
         return plt.subplots(layout="constrained")[1]
@@ -322,7 +266,7 @@ def _scatter_by(ax: Axes, runs: pd.DataFrame, x: str, y: str, hue: str) -> None:
         some = runs[values == level]
         ax.scatter(
             some[x], some[y], color=cmap(0.92 * i / max(1, len(levels) - 1)), s=34, linewidths=0,
-            marker=MARKERS[i % len(MARKERS)], label=f"{_short(level)} {LABELS.get(hue, hue)}",
+            marker=MARKERS[i % len(MARKERS)], label=f"{short(level)} {LABELS.get(hue, hue)}",
             zorder=3,
         )  # fmt: skip
 
@@ -350,7 +294,7 @@ def _legend(ax: Axes) -> None:
         ax.legend(unique.values(), unique.keys(), loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """4,200,000 as 4.2M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:

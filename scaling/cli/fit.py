@@ -89,7 +89,7 @@ def fit(
         else:
             _print_law(law)
         return
-    from scaling.analysis.report import study, write_study
+    from scaling.analysis.study.report import study, write_study
 
     folder = tables_folder(table, results)
     fits = study(load_tables(folder), n_boot=n_boot, seed=seed)
@@ -146,35 +146,105 @@ def _print_law(law: Mapping[str, Any]) -> None:
 
 
 def _print_study(fits: Mapping[str, Any]) -> None:
-    """The headline, its alternatives, what may be concluded, and the joint law."""
+    """What survives every choice and what is open, then the laws, in short."""
     rows = fits["rows"]
     dropped = ", ".join(f"{d['count']} {d['rule']}" for d in rows["dropped"]) or "none"
-    typer.echo(f"{rows['used']} of {rows['table']} runs fitted; dropped: {dropped}\n")
+    typer.echo(f"{rows['used']} of {rows['table']} runs fitted; dropped: {dropped}")
     compute = fits["compute"]
     records: Sequence[Mapping[str, Any]] = [compute["headline"], *compute["alternatives"]]
     if all(record["fit"] is None for record in records):
-        typer.echo(f"no law could be fitted: {compute['headline']['failed']}")
+        typer.echo(f"\nno law could be fitted: {compute['headline']['failed']}")
         return
+    outliers = rows["outliers"]
+    if outliers["run_keys"]:
+        typer.echo(f"outliers by {outliers['rule']}: {', '.join(map(str, outliers['run_keys']))}")
+    _print_claims(fits["claims"]["claims"])
+    _print_compute(records, compute["shapes"])
+    _print_joint(fits["joint"])
+    _print_limits(fits["limits"])
+    for pair in fits["aliasing"]["pairs"]:
+        if pair["verdict"] in ("aliased", "entangled"):
+            typer.echo(f"{' and '.join(pair['pair'])} {pair['verdict']}: {pair['reason']}")
+
+
+def _print_claims(claims: Sequence[Mapping[str, Any]]) -> None:
+    """Every claim with the base's number and the range over choices; then why some are open."""
+    table = []
+    for claim in claims:
+        values = [v["value"] for v in claim["values"] if v["value"] is not None]
+        agree = sum(v["answer"] is not None for v in claim["values"])
+        base = claim["values"][0] if claim["values"] else {}
+        table.append(
+            {
+                "survives": claim["holds"], "claim": claim["statement"] or claim["question"],
+                "base": base.get("value"), "lower": base.get("lower"), "upper": base.get("upper"),
+                "lowest": min(values, default=None), "highest": max(values, default=None),
+                "answered": f"{agree}/{len(claim['values'])}",
+            }
+        )  # fmt: skip
+    typer.echo("\nSurviving claims")
+    shown = ("survives", "claim", "base", "lower", "upper", "lowest", "highest", "answered")
+    print_table(table, shown, drop=("answered", "highest", "lowest"))
+    typer.echo("lower, upper: 95 % at the base choice; lowest, highest: over all choices")
+    for claim in claims:
+        if not claim["holds"]:
+            first = claim["against"][0].partition(";")[0]
+            more = len(claim["against"]) - 1
+            typer.echo(
+                f"  open, {claim['name']}: {first}" + (f" (and {more} more)" if more else "")
+            )
+
+
+def _print_compute(records: Sequence[Mapping[str, Any]], shapes: Mapping[str, Any]) -> None:
     laws = []
     for record in records:
         law = record["fit"]
-        row = {k: record[k] for k in ("x", "y", "points", "floor", "delta")}
+        row = {k: record[k] for k in ("x", "y", "points", "floor", "objective", "rows")}
         if law is not None:
             intervals = law["ci95"] if law["status"] == "CONVERGED" else None
             lower, upper = (intervals or {}).get("exponent", (None, None))
             row |= {"exponent": law["params"]["exponent"], "lower": lower, "upper": upper}
         laws.append(row | {"status": law["status"] if law else record["failed"]})
-    shown = ("x", "y", "points", "floor", "delta", "exponent", "lower", "upper", "status")
-    print_table(laws, shown, drop=("delta", "points", "floor", "status"))
-    conclusion = compute["conclusion"]
-    typer.echo(f"\nconclusion: {'holds' if conclusion['holds'] else 'none'}")
-    for reason in conclusion["against"]:
-        typer.echo(f"  against: {reason}")
-    for name in ("with_floor", "without_floor"):
-        joint = fits["joint"][name]
-        typer.echo(f"\njoint law, {name.replace('_', ' ')}: {joint['failed'] or ''}")
-        if joint["fit"]:
-            typer.echo(f"  {joint['fit']['equation']}")
-            for key, verdict in joint["fit"]["identified"].items():
-                said = ", ".join(f"{k} {cell(v)}" for k, v in verdict.items())
-                typer.echo(f"  {key}: {said}")
+    typer.echo("\nLaws in compute")
+    shown = (
+        "x",
+        "y",
+        "points",
+        "floor",
+        "objective",
+        "rows",
+        "exponent",
+        "lower",
+        "upper",
+        "status",
+    )
+    print_table(laws, shown, drop=("rows", "objective", "points", "floor", "status"))
+    for x, found in shapes.items():
+        said = found["failed"] or found["comparison"]["verdict"]
+        typer.echo(f"  {x}: {said}")
+
+
+def _print_joint(joint: Mapping[str, Any]) -> None:
+    typer.echo("\nJoint law")
+    for factor, reason in joint["left_out"].items():
+        typer.echo(f"  {factor} left out: {reason}")
+    for name in ("with_floor", "without_floor", "best_checkpoint"):
+        record = joint[name]
+        law = record["fit"]
+        if law is None:
+            typer.echo(f"  {name.replace('_', ' ')}: {record['failed']}")
+            continue
+        typer.echo(f"  {name.replace('_', ' ')}, {law['status']}: {law['equation']}")
+        for verdict in law["identified"].values():
+            known = verdict["reasons"].partition(";")[0] or "identified"
+            typer.echo(f"    {verdict['factor']} {cell(verdict['exponent'])}: {known}")
+    for name in ("forms", "sizes"):
+        compared = joint[name]["comparison"]
+        typer.echo(f"  {name}: {compared['verdict'] if compared else joint[name]['failed']}")
+
+
+def _print_limits(limits: Mapping[str, Any]) -> None:
+    """How many cells each factor limits."""
+    sure = [cell["limiting"] for cell in limits["cells"] if cell["said"]]
+    counts = ", ".join(f"{name} {sure.count(name)}" for name in dict.fromkeys(sure))
+    typer.echo(f"\nLimiting factor of {len(limits['cells'])} cells: {counts or 'none is sure'}")

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from scaling.collect import collect
@@ -118,3 +120,51 @@ def tables(folder: Path) -> Tables:
     from scaling.results import load
 
     return load(folder)
+
+
+@pytest.fixture(scope="session")
+def fits(tables: Tables) -> dict[str, Any]:
+    """The report on the study with the planted law; it takes a while."""
+    from scaling.analysis import study
+
+    return study(tables, n_boot=60)
+
+
+@pytest.fixture(scope="session")
+def world() -> Callable[..., pd.DataFrame]:
+    """Makes the runs of a full design of three factors and two data fractions, with a planted
+    additive law: ``world({"n_total": 0.3}, floor=1.0, noise=0.01)``, exponents about medians."""
+    return _world
+
+
+def _world(exponents: dict[str, float], *, floor: float = 0.0, noise: float = 0.0) -> pd.DataFrame:
+    """A full design of three factors with a planted additive law, one run a cell."""
+    rng = np.random.default_rng(0)
+    grid = pd.DataFrame(
+        [
+            {"n_total": n, "batch_size": b, "items_per_user": s, "data": d}
+            for n in (1e5, 4e5, 1.6e6, 6.4e6)
+            for b in (32, 128, 512)
+            for s in (4, 16, 64)
+            for d in (0.25, 1.0)
+        ]
+    )
+    steps = 200
+    met = grid["batch_size"] * steps
+    users = 20_000 * grid["data"]
+    runs = grid.assign(
+        run_key=[f"r{i}" for i in range(len(grid))], steps=steps, negatives=grid["batch_size"],
+        items_per_user_mean=0.9 * grid["items_per_user"] ** 0.95,
+        n_non_embedding=0.7 * grid["n_total"], n_item=0.3 * grid["n_total"],
+        n_service=0.4 * grid["n_total"], n_users=users, users_seen=np.minimum(users, met),
+        repeats=np.maximum(0, met / users - 1), epochs=met / users, model="m", lr=1e-3, eps=1e-6,
+        clip_norm=0.01,
+    )  # fmt: skip
+    pf = 6 * runs["n_total"] * runs["batch_size"] * steps * runs["items_per_user"] / 8.64e19
+    runs["pf_days"], runs["pf_days_exact"] = pf, 1.3 * pf
+    runs["pf_days_non_embedding"] = 0.7 * pf
+    loss = floor + sum(
+        (runs[name] / runs[name].median()) ** -p for name, p in exponents.items()
+    )  # fmt: skip
+    runs["loss"] = loss * np.exp(rng.normal(0, noise, len(runs)))
+    return runs.assign(loss_refit=runs["loss"], best_loss=runs["loss"], loss_se=0.01)

@@ -6,9 +6,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from scaling.analysis.downstream import downstream_points
 from scaling.analysis.figures import transfer_vs_pretraining
-from scaling.analysis.report import study
+from scaling.analysis.study.downstream import downstream_points, downstream_report
 from scaling.results import Tables
 
 
@@ -52,7 +51,7 @@ def test_runs_evaluated_differently_are_not_mixed(
 ) -> None:
     transfer = changed(tables.transfer, tables.runs["run_key"][3], **values)
     mixed = replace(tables, transfer=transfer)
-    found = study(mixed, n_boot=0)["transfer"]
+    found = downstream_report(mixed.transfer, mixed.runs)
     assert found["books"]["failed"] == f"runs were evaluated differently: {reason}"
     assert (found["books"]["n"], found["books"]["spearman"]) == (0, None)
     assert (found["food"]["failed"], found["food"]["n"]) == (None, 24)

@@ -16,9 +16,10 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection, PolyCollection
-from scaling.analysis.fit import PowerLawFit, fit_power_law
 
-from scaling.analysis.figures import draw, loss_vs_compute, transfer_vs_pretraining
+from scaling.analysis import LawFit, fit_power_law
+from scaling.analysis.figures import loss_vs_compute, transfer_vs_pretraining
+from scaling.analysis.study.draw import draw
 from scaling.results import Tables
 
 
@@ -29,7 +30,7 @@ def _closed() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def fit(tables: Tables) -> PowerLawFit:
+def fit(tables: Tables) -> LawFit:
     return fit_power_law(tables.runs, x="pf_days", y="loss", frontier=True, n_boot=50)
 
 
@@ -43,7 +44,7 @@ def points(ax: Axes) -> np.ndarray:
 
 
 def test_loss_against_compute_shows_every_run_frontier_law_and_chance(
-    tables: Tables, fit: PowerLawFit
+    tables: Tables, fit: LawFit
 ) -> None:
     ax = loss_vs_compute(tables.runs, fit, floor=2.0, extend=3)
     assert sorted(points(ax)[:, 0]) == pytest.approx(sorted(tables.runs["pf_days"]))
@@ -63,7 +64,7 @@ def test_loss_against_compute_shows_every_run_frontier_law_and_chance(
     assert dotted[0].get_xdata()[-1] == grid[grid <= 3 * fit.ranges()["pf_days"][1]][-1]
 
 
-def test_a_law_out_of_fits_json_draws_the_same(tables: Tables, fit: PowerLawFit) -> None:
+def test_a_law_out_of_fits_json_draws_the_same(tables: Tables, fit: LawFit) -> None:
     one, two = (loss_vs_compute(tables.runs, law) for law in (fit, fit.to_dict()))
     assert legend(one) == legend(two)
     law = next(line for line in two.lines if str(line.get_label()).startswith("exponent"))
@@ -103,15 +104,13 @@ def test_too_few_runs_have_no_correlation(tables: Tables, n: int) -> None:
     assert legend(ax) == [f"books, {n} runs", f"food, {n} runs"]
 
 
-def test_fits_plot_themselves(fit: PowerLawFit) -> None:
+def test_fits_plot_themselves(fit: LawFit) -> None:
     ax = fit.plot(extend=2)
     assert legend(ax)[0] == "fitted points"
     assert len(ax.lines[0].get_xdata()) == fit.n
 
 
-def test_drawing_twice_gives_the_same_files(
-    tables: Tables, fit: PowerLawFit, tmp_path: Path
-) -> None:
+def test_drawing_twice_gives_the_same_files(tables: Tables, fit: LawFit, tmp_path: Path) -> None:
     fits = {"compute": {"headline": {"fit": fit.to_dict()}}}
     one, two = (draw(tables, fits, tmp_path / folder) for folder in ("one", "two"))
     assert [p.name for p in one] == [
@@ -131,7 +130,7 @@ def test_nothing_to_show_draws_nothing(tables: Tables, tmp_path: Path) -> None:
     assert draw(empty, {}, tmp_path) == []
 
 
-def test_no_text_overlaps(tables: Tables, fit: PowerLawFit) -> None:
+def test_no_text_overlaps(tables: Tables, fit: LawFit) -> None:
     ax = loss_vs_compute(tables.runs, fit, floor=2.0, extend=3)
     figure = ax.figure
     figure.canvas.draw()

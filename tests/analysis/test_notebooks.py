@@ -1,11 +1,15 @@
 """Notebooks run from top to bottom, on a known law and on the committed tables."""
 
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from scaling.analysis import write_study
 
 ANALYSIS = Path(__file__).parents[2] / "analysis"
 NOTEBOOKS = sorted(ANALYSIS.glob("*.ipynb"))
@@ -23,9 +27,11 @@ def execute(path: Path) -> tuple[list[dict], str]:
 
 @pytest.mark.slow
 def test_the_notebook_of_compute_on_a_known_law(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, fits: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CLUE_RESULTS", str(folder))
+    results = shutil.copytree(folder, tmp_path / "toy")
+    write_study(fits, results)
+    monkeypatch.setenv("CLUE_RESULTS", str(results))
     images, printed = execute(ANALYSIS / "01_compute.ipynb")
     assert len(images) == 2
     assert "loss = (pf_days / " in printed

@@ -289,3 +289,9 @@ def test_the_olmo_ladder_predicts_its_large_models_as_published(clue_test_data: 
         assert found.table()["rows_fitted"][0] == 16
         largest = found.predictions.loc[found.predictions["ratio"].idxmax()]
         assert largest["predicted"] == pytest.approx(PUBLISHED[str(task)], abs=1e-3)
+
+
+def test_a_column_without_two_values_is_refused() -> None:
+    runs = pd.DataFrame({"n": [5.0, 5.0, 5.0], "loss": [1.0, 2.0, 3.0]})
+    with pytest.raises(FitError, match="n has no two values"):
+        rollout(runs, "n", y="loss", by="n", n_boot=0)

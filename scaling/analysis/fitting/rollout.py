@@ -174,6 +174,8 @@ def rollout(
     free = Form.parse(baseline) if baseline is not None else power_law(positive)
     along = table[by].to_numpy(dtype=np.float64)
     windows, predictions = [], []
+    if cuts is None and (len(along) == 0 or np.ptp(along) == 0):
+        raise FitError(f"{by} has no two values: there is nothing to extrapolate to")
     for cut in cuts if cuts is not None else cut_points(along):
         fitted, held = table[along <= cut], table[along > cut]
         if fitted.empty or held.empty:

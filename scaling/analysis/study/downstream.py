@@ -1,6 +1,7 @@
 """Downstream loss beside pretraining loss: one point per run and task."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -81,4 +82,19 @@ def correlations(points: pd.DataFrame) -> dict[str, float | None]:
     return {
         "pearson": float(pearsonr(x, y).statistic),
         "spearman": float(spearmanr(x, y).statistic),
+    }
+
+
+def downstream_report(transfer: pd.DataFrame, runs: pd.DataFrame) -> dict[str, Any]:
+    """For ``fits.json``, per task: ``system``, ``n`` runs, correlations of downstream and
+    pretraining loss, systems ``left_out`` and why the task ``failed``."""
+    return {
+        task: {
+            "system": found.system,
+            "n": len(found.points),
+            **correlations(found.points),
+            "left_out": list(found.left_out),
+            "failed": found.failed,
+        }
+        for task, found in downstream_points(transfer, runs).items()
     }

@@ -1,0 +1,111 @@
+"""What a study found: every fit with the choices behind it, as one JSON value (``fits.json``).
+
+Only what survives every choice that a reader could have made otherwise is stated as a conclusion
+(``claims``); every fit behind it is in the result.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import scaling
+from scaling.analysis.fitting.status import FitError
+from scaling.analysis.study.aliasing import aliasing
+from scaling.analysis.study.choices import COMPUTE
+from scaling.analysis.study.claims import RULE, evaluated, same_loss_same_transfer
+from scaling.analysis.study.compute import compute_laws, rank_correlation
+from scaling.analysis.study.conclusions import conclusions
+from scaling.analysis.study.downstream import downstream_report
+from scaling.analysis.study.extrapolation import approaches, rollouts
+from scaling.analysis.study.gains import gains_report
+from scaling.analysis.study.joint import joint
+from scaling.analysis.study.laws import Laws
+from scaling.analysis.study.limits import limits
+from scaling.analysis.study.losses import losses
+from scaling.analysis.study.runs import runs_to_fit
+from scaling.analysis.transfer_law.record import transfer_laws
+from scaling.files import write_json
+from scaling.results import Tables
+
+FITS_VERSION = 2
+"""Version of ``fits.json``; it rises when a reader of an older one would misread it."""
+TRANSFER_DRAWS = 400
+"""At most so many bootstrap draws for the laws of transfer."""
+
+
+def study(tables: Tables, *, n_boot: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Fit everything the tables allow; a fit that cannot be made says why in its place.
+
+    Args:
+        n_boot: bootstrap draws of the laws in compute; the joint law takes fewer
+            (``laws.JOINT_DRAWS``).
+        seed: of starts, draws and folds.
+
+    Returns:
+        JSON-able; its keys are described in docs/formats.md.
+    """
+    runs, rows = runs_to_fit(tables)
+    laws = Laws(runs, n_boot=n_boot, seed=seed)
+    claims = evaluated(laws, conclusions(laws))
+    of_transfer = None
+    if len(tables.transfer):
+        of_transfer = transfer_laws(tables, n_boot=min(n_boot, TRANSFER_DRAWS), seed=seed)
+        claims.append(same_loss_same_transfer(of_transfer))
+    return {
+        "schema_version": FITS_VERSION,
+        "program": f"clue-scaling {scaling.__version__}",
+        "sweep": tables.collected.get("sweep"),
+        "y": "loss: contrastive loss on the fixed pool at the final step [nats]",
+        "counting": COMPUTE,
+        "rows": rows | {"outliers": laws.outliers()},
+        "claims": {"rule": RULE, "claims": claims},
+        "rank_correlation": {x: rank_correlation(runs, x) for x in COMPUTE},
+        "compute": compute_laws(laws),
+        "joint": joint(laws),
+        "limits": _limits(laws),
+        "approaches": approaches(laws),
+        "rollouts": rollouts(laws),
+        "aliasing": aliasing(runs),
+        "repetition": repetition(runs),
+        "losses": losses(runs, min(n_boot, 200), seed),
+        "transfer": downstream_report(tables.transfer, tables.runs),
+        "transfer_laws": of_transfer,
+        "gains": gains_report(tables.gains),
+    }
+
+
+def write_study(fits: Mapping[str, Any], folder: Path) -> Path:
+    """Write ``fits.json`` into ``results/<sweep>`` and return its path."""
+    path = folder / "fits.json"
+    write_json(path, fits)
+    return path
+
+
+def repetition(runs: pd.DataFrame) -> dict[str, Any]:
+    """Runs whose loss ended above its lowest by more than its standard error, with their passes:
+    what memorisation looks like without any law."""
+    rose = runs[(runs["loss"] - runs["best_loss"] > runs["loss_se"]).fillna(False)]
+    return {
+        "rule": "final loss above the lowest evaluation by more than its standard error",
+        "runs": len(runs),
+        "most_repeats": float(runs["repeats"].max()) if len(runs) else None,
+        "rose": [
+            {
+                "run_key": None if pd.isna(row["run_key"]) else str(row["run_key"]),
+                "repeats": float(row["repeats"]),
+                "best_step": int(row["best_step"]),
+                "rise": float(row["loss"] - row["best_loss"]),
+                "loss_se": float(row["loss_se"]),
+            }
+            for row in rose.to_dict("records")
+        ],
+    }
+
+
+def _limits(laws: Laws) -> dict[str, Any]:
+    try:
+        return {**limits(laws.fit("joint"), laws.runs), "failed": None}
+    except FitError as e:
+        return {"cells": [], "failed": str(e)}
