@@ -17,9 +17,11 @@ from scaling.analysis.fitting.intervals import (
     RESAMPLINGS,
     Bootstrap,
     Resampling,
+    calibrated,
     refit,
     resampled_targets,
     resampled_weights,
+    sandwich,
 )
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.law import LawFit
@@ -205,6 +207,9 @@ def _fit(
     theta_draws, missed, rechecked, lower = refit(
         drawn, [theta, *optima], draws, targets, scattered[: STARTS_SCORED // 8]
     )
+    if resampling != "residuals" and not frontier:
+        covariance = sandwich(problem, theta, weight, by)
+        theta_draws = calibrated(theta_draws, theta, covariance, int(by.max()) + 1, surface)
     return LawFit(
         form=form,
         y=y,

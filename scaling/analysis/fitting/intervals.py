@@ -8,11 +8,12 @@ from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm, t
+from scipy.stats import chi2, norm, t
 
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.solver import Minima, Problem, minimise
 from scaling.analysis.fitting.starts import best
+from scaling.analysis.fitting.surface import Surface
 
 Resampling = Literal["clusters", "rows", "residuals"]
 RESAMPLINGS: tuple[str, ...] = get_args(Resampling)
@@ -23,6 +24,8 @@ only to be small beside the spread of the draws. Where the knee is small beside 
 draws need hundreds of iterations; a draw that is done costs nothing more."""
 RECHECKED = 0.02
 """Share of the draws that are minimised once more from fresh starts."""
+STRETCH = (2 / 3, 3 / 2)
+"""Smallest and largest factor by which draws are stretched about the optimum."""
 MISSED = 1e-4
 """A fresh start that ends lower by this relative difference shows a basin that the draws missed."""
 
@@ -165,6 +168,34 @@ def _fresh(
     lowest = objective.argmin(axis=1)
     theta = found.theta.reshape(n, objective.shape[1], -1)
     return theta[np.arange(n), lowest], objective[np.arange(n), lowest]
+
+
+def calibrated(
+    draws: Array, theta: Array, covariance: Array, n_clusters: int, surface: Surface
+) -> Array:
+    """``[B, P]`` draws, stretched about the optimum to the spread of the jackknife covariance.
+
+    The draws have the shape of the distribution, but their spread is that of the plain sandwich:
+    too small for least squares where rows have leverage. One factor for all directions makes their
+    median Mahalanobis distance that of a normal distribution with the covariance, less the share
+    of the degrees of freedom that ``tail`` adds. It is kept within ``STRETCH``, and draws stay as
+    they are where the covariance says nothing: at a bound, or where a cluster alone decides.
+
+    Args:
+        draws, theta: ``[B, P]`` and ``[P]``.
+        covariance: ``sandwich``.
+    """
+    p = len(theta)
+    inside = np.all((surface.lower < theta) & (theta < surface.upper))
+    if not len(draws) or not inside or not np.isfinite(covariance).all():
+        return draws
+    away = draws - theta
+    squared = np.einsum("bi,ij,bj->b", away, np.linalg.pinv(covariance, hermitian=True), away)
+    middle = float(np.median(squared))
+    freedom = max(1, n_clusters - p) / n_clusters
+    factor = np.sqrt(chi2.ppf(0.5, p) * freedom / middle) if middle > 0 else 1.0
+    return np.asarray(np.clip(theta + np.clip(factor, *STRETCH) * away, surface.lower,
+                              surface.upper))  # fmt: skip
 
 
 def tail(level: float, n_clusters: int, n_free: int) -> float:
