@@ -18,6 +18,7 @@ from scaling.analysis.fitting.intervals import (
     Bootstrap,
     Resampling,
     calibrated,
+    fractional_weights,
     refit,
     resampled_targets,
     resampled_weights,
@@ -170,9 +171,10 @@ def _fit(
 
     by = np.arange(len(rows)) if resampling == "rows" else codes
     counts = np.ones((n_boot, len(rows)))
-    if resampling != "residuals":
-        counts = resampled_weights(by, n_boot, rng, whole=frontier)
+    if resampling != "residuals" and not frontier:
+        counts = fractional_weights(by, n_boot, rng)
     if frontier:
+        counts = resampled_weights(by, n_boot, rng)
         counts = counts * on_frontier(columns[form.columns[0]], values, counts > 0)
     kept = mask | (counts > 0).any(axis=0)
     columns, values, codes = {c: v[kept] for c, v in columns.items()}, values[kept], codes[kept]
