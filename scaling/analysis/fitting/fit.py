@@ -17,9 +17,12 @@ from scaling.analysis.fitting.intervals import (
     RESAMPLINGS,
     Bootstrap,
     Resampling,
+    calibrated,
+    fractional_weights,
     refit,
     resampled_targets,
     resampled_weights,
+    sandwich,
 )
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.law import LawFit
@@ -168,9 +171,10 @@ def _fit(
 
     by = np.arange(len(rows)) if resampling == "rows" else codes
     counts = np.ones((n_boot, len(rows)))
-    if resampling != "residuals":
-        counts = resampled_weights(by, n_boot, rng, whole=frontier)
+    if resampling != "residuals" and not frontier:
+        counts = fractional_weights(by, n_boot, rng)
     if frontier:
+        counts = resampled_weights(by, n_boot, rng)
         counts = counts * on_frontier(columns[form.columns[0]], values, counts > 0)
     kept = mask | (counts > 0).any(axis=0)
     columns, values, codes = {c: v[kept] for c, v in columns.items()}, values[kept], codes[kept]
@@ -205,6 +209,9 @@ def _fit(
     theta_draws, missed, rechecked, lower = refit(
         drawn, [theta, *optima], draws, targets, scattered[: STARTS_SCORED // 8]
     )
+    if resampling != "residuals" and not frontier:
+        covariance = sandwich(problem, theta, weight, by)
+        theta_draws = calibrated(theta_draws, theta, covariance, int(by.max()) + 1, surface)
     return LawFit(
         form=form,
         y=y,
