@@ -14,6 +14,7 @@ import pandas as pd
 from scaling.analysis.fitting.forms import Form
 from scaling.analysis.fitting.frontier import on_frontier
 from scaling.analysis.fitting.intervals import (
+    FEW_CLUSTERS,
     RESAMPLINGS,
     Bootstrap,
     Resampling,
@@ -170,11 +171,13 @@ def _fit(
     check_enough({c: v[mask] for c, v in columns.items()}, surface.n_free, dropped)
 
     by = np.arange(len(rows)) if resampling == "rows" else codes
+    fractional = resampling != "residuals" and not frontier and int(by.max()) + 1 < FEW_CLUSTERS
     counts = np.ones((n_boot, len(rows)))
-    if resampling != "residuals" and not frontier:
+    if fractional:
         counts = fractional_weights(by, n_boot, rng)
-    if frontier:
+    elif resampling != "residuals":
         counts = resampled_weights(by, n_boot, rng)
+    if frontier:
         counts = counts * on_frontier(columns[form.columns[0]], values, counts > 0)
     kept = mask | (counts > 0).any(axis=0)
     columns, values, codes = {c: v[kept] for c, v in columns.items()}, values[kept], codes[kept]
@@ -209,7 +212,7 @@ def _fit(
     theta_draws, missed, rechecked, lower = refit(
         drawn, [theta, *optima], draws, targets, scattered[: STARTS_SCORED // 8]
     )
-    if resampling != "residuals" and not frontier:
+    if fractional:
         covariance = sandwich(problem, theta, weight, by)
         theta_draws = calibrated(theta_draws, theta, covariance, int(by.max()) + 1, surface)
     return LawFit(
@@ -231,7 +234,7 @@ def _fit(
         dropped=dropped,
         bootstrap=Bootstrap(
             resampling, None if resampling == "rows" else cluster, int(by.max()) + 1, n_boot,
-            n_boot - len(draws), missed, rechecked, lower, seed,
+            n_boot - len(draws), missed, rechecked, lower, seed, fractional,
         ),
         data_hash=_hash(columns, values, weight),
         problem=problem,

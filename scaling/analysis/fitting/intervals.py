@@ -22,6 +22,9 @@ DRAW_TOLERANCE, DRAW_ITERATIONS = 1e-5, 400
 """Relative gradient that ends a bootstrap draw, and the iterations it may take: its rounding has
 only to be small beside the spread of the draws. Where the knee is small beside the residuals many
 draws need hundreds of iterations; a draw that is done costs nothing more."""
+FEW_CLUSTERS = 40
+"""Below so many clusters draws give them fractional weights, in place of counts, and are stretched
+to the covariance of the jackknife."""
 RECHECKED = 0.02
 """Share of the draws that are minimised once more from fresh starts."""
 SINGULAR = 1e-13
@@ -46,6 +49,7 @@ class Bootstrap:
         unconverged: draws that ended above the tolerance of a draw; they are used.
         rechecked, missed: draws minimised again from fresh starts; those that ended lower.
         seed: of starts and draws.
+        fractional: whether clusters got fractional weights (``FEW_CLUSTERS``).
     """
 
     resampling: Resampling
@@ -57,6 +61,7 @@ class Bootstrap:
     rechecked: int
     missed: int
     seed: int
+    fractional: bool
 
 
 def resampled_weights(codes: npt.NDArray[np.intp], n: int, rng: np.random.Generator) -> Array:
