@@ -4,7 +4,7 @@ Every side minimises the same sum of Huber losses of ln y; what it found is scor
 turns; medians are given. Seconds are CPU seconds of one process on one core. A slow peer runs some
 of its starts and bootstraps, and its seconds are multiplied up to all of them.
 
-    ours        scaling.analysis.fit_law, bootstrap over rows
+    ours        scaling.analysis.fit_law, bootstrap over rows by random weights, which all sides get
     chinchilla  PyPI: BFGS by finite differences in extended precision, 5^5 starts as in its README;
                 a bootstrap is the fit again
     Epoch       its grid of 4,500 starts, L-BFGS-B by finite differences; a bootstrap is one BFGS
@@ -43,6 +43,7 @@ import pandas as pd
 from fit_sides import Array, Table, timed, value
 
 from scaling.analysis import LawFit, Objective, fit_law
+from scaling.analysis.fitting.intervals import resampled_weights
 
 DRAWS = 1000
 README_STARTS, EPOCH_STARTS, OLMO_STARTS, STARTS = 5**5, 4_500, 1_024, 24
@@ -90,7 +91,7 @@ class Side:
     Attributes:
         starts, of: starts that are run, and that its own settings ask for.
         fit: table to parameters.
-        bootstrap: resampled table and the fit's parameters to parameters.
+        bootstrap: reweighted table and the fit's parameters to parameters.
         draws: bootstraps that are run.
         again: whether a bootstrap runs all starts of a fit.
     """
@@ -163,7 +164,7 @@ def compare(table: Table, turns: int, quick: bool, grid: int) -> dict[str, Any]:
     """Fit and bootstrap one table by all sides in turn."""
     n = len(table.frame)
     # fit_law's draws over rows, which are the first that it takes from its generator
-    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS)
+    weights = resampled_weights(np.arange(n), DRAWS, np.random.default_rng(0))
     others = peers(table, quick, grid)
     seconds: dict[str, list[float]] = {name: [] for name in ("ours", *others)}
     boots: dict[str, list[float]] = {name: [] for name in ("ours", *others)}
@@ -182,7 +183,7 @@ def compare(table: Table, turns: int, quick: bool, grid: int) -> dict[str, Any]:
             seconds[name].append(took * whole)
             again = [
                 timed(lambda side=side, i=i, name=name: side.bootstrap(
-                    table.resampled(counts[i]), theta[name]))
+                    table.weighted(weights[i]), theta[name]))
                 for i in range(side.draws)
             ]  # fmt: skip
             drawn[name] = [t for _, t in again]
@@ -192,7 +193,7 @@ def compare(table: Table, turns: int, quick: bool, grid: int) -> dict[str, Any]:
     values = {name: value(t, table) for name, t in theta.items()}
     best = min(BEST.get(table.name, np.inf), *values.values())
     resampled = [
-        table.resampled(c) for c in counts[: max(len(d) for d in list(drawn.values())[1:])]
+        table.weighted(w) for w in weights[: max(len(d) for d in list(drawn.values())[1:])]
     ]
     scores = {
         name: np.array([value(t, r) for t, r in zip(found, resampled, strict=False)])

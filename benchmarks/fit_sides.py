@@ -13,7 +13,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,17 @@ FAR = 1e9
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """What is fitted: the column ``loss`` of ``frame`` by its columns ``factors``."""
+    """What is fitted: the column ``loss`` of ``frame`` by its columns ``factors``.
+
+    Attributes:
+        weights: ``[rows]`` of the losses.
+    """
 
     name: str
     frame: pd.DataFrame
     factors: tuple[str, ...]
     delta: float = 1e-3
+    weights: Array | float = 1.0
 
     @property
     def form(self) -> str:
@@ -54,10 +59,9 @@ class Table:
     def target(self) -> Array:
         return np.log(self.frame["loss"].to_numpy(dtype=np.float64))
 
-    def resampled(self, counts: Array) -> "Table":
-        """The table with row i there ``counts[i]`` times."""
-        rows = np.repeat(np.arange(len(self.frame)), counts.astype(int))
-        return Table(self.name, self.frame.iloc[rows], self.factors, self.delta)
+    def weighted(self, weights: Array) -> "Table":
+        """The table of a bootstrap draw."""
+        return replace(self, weights=weights)
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -169,7 +173,8 @@ def huber(r: Array, delta: float) -> Array:
 def value(theta: Array, table: Table) -> float:
     """Sum of the Huber losses."""
     with np.errstate(all="ignore"):
-        total = float(huber(predicted(theta, table.x) - table.target, table.delta).sum())
+        losses = huber(predicted(theta, table.x) - table.target, table.delta)
+        total = float((table.weights * losses).sum())
     return total if np.isfinite(total) else FAR
 
 
@@ -180,7 +185,8 @@ def derivatives(theta: Array, table: Table) -> tuple[float, Array, Array]:
     y = np.logaddexp.reduce(z, axis=0)
     share = np.exp(z - y)
     r = y - table.target
-    pull, inside = np.clip(r, -table.delta, table.delta), np.abs(r) <= table.delta
+    pull = table.weights * np.clip(r, -table.delta, table.delta)
+    inside = table.weights * (np.abs(r) <= table.delta)
     by = np.concatenate([share, -share[1:] * x])
     hessian = (by * (inside - pull)) @ by.T
     own = np.zeros((k, len(y)))
@@ -192,13 +198,13 @@ def derivatives(theta: Array, table: Table) -> tuple[float, Array, Array]:
         hessian[1 + i, 1 + k + i] -= cross[i]
         hessian[1 + k + i, 1 + i] -= cross[i]
         hessian[1 + k + i, 1 + k + i] += square[i]
-    return float(huber(r, table.delta).sum()), by @ pull, hessian
+    return float((table.weights * huber(r, table.delta)).sum()), by @ pull, hessian
 
 
 def centred(table: Table) -> tuple[Table, Callable[[Array], Array], Callable[[Array], Array]]:
     """The table with ln x less its mean, and how parameters go there and back."""
     k, middle = len(table.x), table.x.mean(axis=1)
-    moved = Table(table.name, table.frame, table.factors, table.delta)
+    moved = replace(table)
     moved.__dict__["x"] = table.x - middle[:, None]
 
     def shift(theta: Array, sign: int) -> Array:
@@ -226,8 +232,9 @@ def chinchilla(table: Table, values: int) -> Array:
     loss = functools.partial(log_huber, delta=table.delta)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         it = Chinchilla(
-            folder, param_grid=chinchilla_grid(values), loss_fn=loss, log_level=logging.CRITICAL
-        )
+            folder, param_grid=chinchilla_grid(values), loss_fn=loss, log_level=logging.CRITICAL,
+            weight_fn=lambda c: table.weights * np.ones_like(c),
+        )  # fmt: skip
         it.database.df = table.frame.assign(C=6 * table.frame["N"] * table.frame["D"])
         it.visualizer.optim = lambda *_, **__: None
         with np.errstate(all="ignore"):
@@ -298,6 +305,15 @@ def scattered(table: Table, n: int, seed: int = 0) -> Array:
 
 def by_lmfit(table: Table, starts: Array) -> Array:
     """lmfit's ``least_squares``, whose Huber loss is this one, with its Jacobian by differences."""
+
+    def weighted(z: Array) -> Array:
+        """scipy's Huber loss and its two derivatives by z = (r / delta)^2, times the weights."""
+        inside, root = z <= 1, np.sqrt(np.maximum(z, 1))
+        return table.weights * np.array([
+            np.where(inside, z, 2 * root - 1), np.where(inside, 1, 1 / root),
+            np.where(inside, 0, -0.5 / root**3),
+        ])  # fmt: skip
+
     found = []
     for start in starts:
         params = lmfit.Parameters()
@@ -310,7 +326,7 @@ def by_lmfit(table: Table, starts: Array) -> Array:
 
         with contextlib.suppress(ValueError), np.errstate(all="ignore"):
             got = lmfit.minimize(
-                residual, params, method="least_squares", loss="huber", f_scale=table.delta,
+                residual, params, method="least_squares", loss=weighted, f_scale=table.delta,
                 x_scale="jac", calc_covar=False,
             )  # fmt: skip
             found.append(np.array([p.value for p in got.params.values()]))

@@ -213,7 +213,7 @@ class Grid(Frozen):
             }
         )
         settings = grid.model_dump(mode="json", exclude_defaults=True)
-        return "".join(f"{key} = {_toml(value)}\n" for key, value in settings.items())
+        return "".join(f"{key} = {to_toml_value(value)}\n" for key, value in settings.items())
 
     def _points(self) -> list[tuple[str, Point]]:
         """Settings of all points, seeds apart, each with its place for messages.
@@ -289,7 +289,7 @@ class Grid(Frozen):
             model = self.sizes[value]
             if card.vocab_size != PAPER_VOCABULARY:
                 keys = model.model_dump(exclude_defaults=True)
-                table = ", ".join(f"{k} = {_toml(v)}" for k, v in keys.items())
+                table = ", ".join(f"{k} = {to_toml_value(v)}" for k, v in keys.items())
                 raise SweepError(
                     f"{where}: {value} is a size at a vocabulary of {PAPER_VOCABULARY}, and corpus "
                     f"{card.name} has {card.vocab_size}; give its shape instead: "
@@ -487,10 +487,12 @@ def _describe(point: Point) -> str:
     return ", ".join(f"{k} = {v!r}" for k, v in point.items())
 
 
-def _toml(value: Any) -> str:
+def to_toml_value(value: Any) -> str:
     """A JSON value as TOML on one line."""
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{_toml(k)} = {_toml(v)}' for k, v in value.items())}}}"
+        return (
+            f"{{{', '.join(f'{to_toml_value(k)} = {to_toml_value(v)}' for k, v in value.items())}}}"
+        )
     if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(to_toml_value, value))}]"
     return json.dumps(value, ensure_ascii=False)

@@ -100,13 +100,21 @@ def test_starts_are_those_of_the_peers(sides: ModuleType) -> None:
     assert [len(v) for v in sides.chinchilla_grid(5).values()] == [5] * 5
 
 
-def test_a_table_is_resampled_by_counts(sides: ModuleType) -> None:
+@pytest.mark.parametrize("side", ["by_scipy", "by_lmfit", "epoch_bootstrap"])
+def test_weights_count_rows(sides: ModuleType, side: str) -> None:
     two, _ = sides.synthetic()
-    counts = np.zeros(240)
-    counts[[3, 7]] = 1, 2
-    again = two.resampled(counts)
-    assert again.frame["loss"].tolist() == [two.frame["loss"][i] for i in (3, 7, 7)]
-    assert again.x.shape == (2, 3)
+    counts = np.random.default_rng(0).integers(0, 3, 240)
+    rows = np.repeat(np.arange(240), counts)
+    repeated = sides.Table("", two.frame.iloc[rows], two.factors)
+    weighted = two.weighted(counts.astype(float))
+    start = np.array([np.log(1.8172), np.log(482.01), np.log(2085.43), 0.3478, 0.3658])
+    start = start if side == "epoch_bootstrap" else start[None]
+    found = getattr(sides, side)(weighted, start)
+    assert sides.value(found, weighted) == pytest.approx(sides.value(found, repeated), rel=1e-12)
+    expected = sides.by_scipy(repeated, np.atleast_2d(start))
+    best = sides.value(expected, repeated)
+    assert best < 0.999 * sides.value(np.ravel(start), repeated)
+    assert sides.value(found, repeated) == pytest.approx(best, rel=1e-5)
 
 
 @pytest.mark.data

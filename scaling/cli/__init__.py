@@ -13,6 +13,7 @@ try:  # Ctrl-C in the first tenths of a second finds Python here
         allocate,
         baselines,
         corpora,
+        design,
         embed,
         fit,
         plans,

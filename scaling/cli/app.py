@@ -26,8 +26,9 @@ where a folder should be."""
 
 
 VERBS = (
-    "prepare", "plan", "submit", "sync", "status", "cancel", "logs", "train", "embed", "transfer",
-    "baselines", "collect", "fit", "rollout", "allocate", "figures", "doctor", "corpus", "demo",
+    "prepare", "plan", "audit", "submit", "sync", "status", "cancel", "logs", "train", "embed",
+    "transfer", "baselines", "collect", "fit", "rollout", "allocate", "figures", "next",
+    "doctor", "corpus", "demo",
 )  # fmt: skip
 """In the order of the work."""
 

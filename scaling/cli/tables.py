@@ -33,8 +33,8 @@ def read_table(path: Path) -> "pd.DataFrame":
         raise ClueError(f"{path}: not a readable table: {str(e).strip()}") from None
 
 
-def fixed_values(words: Sequence[str]) -> dict[str, float]:
-    """``NAME=VALUE`` of `--fix`.
+def fixed_values(words: Sequence[str], option: str = "--fix") -> dict[str, float]:
+    """``NAME=VALUE`` of an option.
 
     Raises:
         ClueError: a word is not of this form.
@@ -42,7 +42,7 @@ def fixed_values(words: Sequence[str]) -> dict[str, float]:
     out = {}
     for word in words:
         name, _, value = word.partition("=")
-        out[name.strip()] = _number("--fix", word, value, "NAME=VALUE")
+        out[name.strip()] = _number(option, word, value, "NAME=VALUE")
     return out
 
 

@@ -105,16 +105,23 @@ def test_points_of_one_run_are_one_observation() -> None:
     assert np.ptp(naive.ci().loc["exponent", ["lower", "upper"]]) < 0.6 * width[alone]
 
 
-def test_the_bootstrap_is_that_of_refitting_resampled_tables() -> None:
-    df = study(n=12, noise=0.03)
-    fit = fit_power_law(df, x="pf_days", y="loss", n_boot=400, objective=SQUARES)
-    rng = np.random.default_rng(1)
-    slopes = []
-    for _ in range(2000):
-        some = df.iloc[rng.integers(0, 12, 12)]
-        slopes.append(-np.polyfit(np.log(some["pf_days"]), np.log(some["loss"]), 1)[0])
-    assert fit.draws["exponent"].std() == pytest.approx(np.std(slopes), rel=0.12)
-    assert fit.draws["exponent"].mean() == pytest.approx(np.mean(slopes), abs=3e-4)
+@pytest.mark.parametrize("cluster", [None, "run_key"])
+def test_the_spread_of_the_draws_is_that_of_refits_without_one_cluster(cluster) -> None:
+    """The jackknife by 24 or 12 lines; the interval's tail adds back the degrees of freedom."""
+    df = study(n=24, noise=0.03).assign(run_key=np.arange(24) // 2)
+    fit = fit_power_law(df, x="pf_days", y="loss", objective=SQUARES, cluster=cluster, n_boot=2000)
+    group = df["run_key"] if cluster else pd.Series(range(24))
+    slope = float(np.polyfit(np.log(df["pf_days"]), np.log(df["loss"]), 1)[0])
+    away = []
+    for one in group.unique():
+        rest = df[group != one]
+        away.append(np.polyfit(np.log(rest["pf_days"]), np.log(rest["loss"]), 1)[0] - slope)
+    g = len(away)
+    jackknife = np.sqrt((g - 1) / g * np.sum(np.square(away)))
+    assert fit.standard_errors()["exponent"] == pytest.approx(jackknife, rel=1e-4)
+    spread = fit.draws["exponent"].std() * np.sqrt(g / (g - 2))
+    assert spread == pytest.approx(jackknife, rel=0.15)
+    assert fit.draws["exponent"].mean() == pytest.approx(-slope, abs=0.3 * jackknife)
 
 
 @pytest.mark.slow
@@ -292,7 +299,8 @@ def test_nothing_usable_says_what_is_missing(df: pd.DataFrame, options: dict, me
 
 
 def test_draws_with_too_few_points_are_counted() -> None:
-    fit = fit_power_law(study(n=3, noise=0.01), x="pf_days", y="loss", n_boot=300)
+    df = study(n=3, noise=0.01)  # all on the frontier
+    fit = fit_power_law(df, x="pf_days", y="loss", n_boot=300, frontier=True)
     # three rows drawn from three: all the same with probability 1/9
     assert 10 < fit.bootstrap.failed < 60
     assert len(fit.draws) + fit.bootstrap.failed == 300

@@ -113,7 +113,7 @@ def test_variance_inflation_is_that_of_the_regressions() -> None:
 @pytest.mark.parametrize(
     ("form", "error", "message"),
     [
-        ("", FormError, "it ends too early"),
+        ("", FormError, "it ends where a column is expected"),
         ("E + n_total + n_total", FormError, "two terms have the same columns"),
         ("E + n_total + width", FitError, "no column 'width'"),
         ("E + n_total + constant", FitError, "constant is 7 in every row"),

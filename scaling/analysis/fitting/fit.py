@@ -14,12 +14,16 @@ import pandas as pd
 from scaling.analysis.fitting.forms import Form
 from scaling.analysis.fitting.frontier import on_frontier
 from scaling.analysis.fitting.intervals import (
+    FEW_CLUSTERS,
     RESAMPLINGS,
     Bootstrap,
     Resampling,
+    calibrated,
+    fractional_weights,
     refit,
     resampled_targets,
     resampled_weights,
+    sandwich,
 )
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.law import LawFit
@@ -167,9 +171,12 @@ def _fit(
     check_enough({c: v[mask] for c, v in columns.items()}, surface.n_free, dropped)
 
     by = np.arange(len(rows)) if resampling == "rows" else codes
+    fractional = resampling != "residuals" and not frontier and int(by.max()) + 1 < FEW_CLUSTERS
     counts = np.ones((n_boot, len(rows)))
-    if resampling != "residuals":
-        counts = resampled_weights(by, n_boot, rng, whole=frontier)
+    if fractional:
+        counts = fractional_weights(by, n_boot, rng)
+    elif resampling != "residuals":
+        counts = resampled_weights(by, n_boot, rng)
     if frontier:
         counts = counts * on_frontier(columns[form.columns[0]], values, counts > 0)
     kept = mask | (counts > 0).any(axis=0)
@@ -205,6 +212,9 @@ def _fit(
     theta_draws, missed, rechecked, lower = refit(
         drawn, [theta, *optima], draws, targets, scattered[: STARTS_SCORED // 8]
     )
+    if fractional:
+        covariance = sandwich(problem, theta, weight, by)
+        theta_draws = calibrated(theta_draws, theta, covariance, int(by.max()) + 1, surface)
     return LawFit(
         form=form,
         y=y,
@@ -224,7 +234,7 @@ def _fit(
         dropped=dropped,
         bootstrap=Bootstrap(
             resampling, None if resampling == "rows" else cluster, int(by.max()) + 1, n_boot,
-            n_boot - len(draws), missed, rechecked, lower, seed,
+            n_boot - len(draws), missed, rechecked, lower, seed, fractional,
         ),
         data_hash=_hash(columns, values, weight),
         problem=problem,

@@ -8,11 +8,12 @@ from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm, t
+from scipy.stats import chi2, norm, t
 
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.solver import Minima, Problem, minimise
 from scaling.analysis.fitting.starts import best
+from scaling.analysis.fitting.surface import Surface
 
 Resampling = Literal["clusters", "rows", "residuals"]
 RESAMPLINGS: tuple[str, ...] = get_args(Resampling)
@@ -21,8 +22,15 @@ DRAW_TOLERANCE, DRAW_ITERATIONS = 1e-5, 400
 """Relative gradient that ends a bootstrap draw, and the iterations it may take: its rounding has
 only to be small beside the spread of the draws. Where the knee is small beside the residuals many
 draws need hundreds of iterations; a draw that is done costs nothing more."""
+FEW_CLUSTERS = 40
+"""Below so many clusters draws give them fractional weights, in place of counts, and are stretched
+to the covariance of the jackknife."""
 RECHECKED = 0.02
 """Share of the draws that are minimised once more from fresh starts."""
+SINGULAR = 1e-13
+"""Smallest eigenvalue of a scaled Hessian below which some direction is not held at all."""
+STRETCH = (2 / 3, 3 / 2)
+"""Smallest and largest factor by which draws are stretched about the optimum."""
 MISSED = 1e-4
 """A fresh start that ends lower by this relative difference shows a basin that the draws missed."""
 
@@ -41,6 +49,7 @@ class Bootstrap:
         unconverged: draws that ended above the tolerance of a draw; they are used.
         rechecked, missed: draws minimised again from fresh starts; those that ended lower.
         seed: of starts and draws.
+        fractional: whether clusters got fractional weights (``FEW_CLUSTERS``).
     """
 
     resampling: Resampling
@@ -52,26 +61,27 @@ class Bootstrap:
     rechecked: int
     missed: int
     seed: int
+    fractional: bool
 
 
-def resampled_weights(
-    codes: npt.NDArray[np.intp], n: int, rng: np.random.Generator, whole: bool = False
-) -> Array:
+def resampled_weights(codes: npt.NDArray[np.intp], n: int, rng: np.random.Generator) -> Array:
+    """``[n, rows]`` how often each row is in each draw, clusters drawn with replacement."""
+    n_clusters = int(codes.max()) + 1
+    counts = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=n)
+    return counts[:, codes].astype(np.float64)
+
+
+def fractional_weights(codes: npt.NDArray[np.intp], n: int, rng: np.random.Generator) -> Array:
     """``[n, rows]`` weight of each row in each draw, the same for all rows of a cluster.
 
-    By default fractional random weights (Xu et al. 2020, The American Statistician 74:345): from a
-    Dirichlet distribution with the means and covariances of drawing clusters with replacement. No
-    cluster is ever left out, so that a draw holds every parameter that the data holds, where with
-    few clusters some whole draws hold it hardly at all and make the interval too wide.
-
-    Args:
-        whole: count how often each cluster is drawn with replacement instead.
+    Fractional random weights (Xu et al. 2020, The American Statistician 74:345): from a Dirichlet
+    distribution with the means and covariances of ``resampled_weights``, but no cluster is ever
+    left out, so that a draw holds every parameter that the data holds. With few clusters some
+    draws of whole clusters hold it hardly at all and make the interval too wide.
     """
-    g = int(codes.max()) + 1
-    if whole or g == 1:
-        weights = rng.multinomial(g, np.full(g, 1 / g), size=n).astype(np.float64)
-    else:
-        weights = g * rng.dirichlet(np.full(g, (g - 1) / g), size=n)
+    n_clusters = int(codes.max()) + 1
+    share = max(1, n_clusters - 1) / n_clusters
+    weights = n_clusters * rng.dirichlet(np.full(n_clusters, share), size=n)
     return np.asarray(weights[:, codes])
 
 
@@ -167,6 +177,35 @@ def _fresh(
     return theta[np.arange(n), lowest], objective[np.arange(n), lowest]
 
 
+def calibrated(
+    draws: Array, theta: Array, covariance: Array, n_clusters: int, surface: Surface
+) -> Array:
+    """``[B, P]`` draws, stretched about the optimum to the spread of the jackknife covariance.
+
+    The draws have the shape of the distribution, but their spread is too small for least squares
+    where rows have leverage, and too large for Huber losses with a small knee. One factor for all
+    directions makes the upper quartile of their Mahalanobis distance that of a normal distribution
+    with the covariance, less the degrees of freedom that ``tail`` adds. It is kept within
+    ``STRETCH``, and draws stay as they are where the covariance says nothing: at a bound, or where
+    a cluster alone decides.
+
+    Args:
+        draws, theta: ``[B, P]`` and ``[P]``.
+        covariance: ``sandwich``.
+    """
+    p = len(theta)
+    inside = np.all((surface.lower < theta) & (theta < surface.upper))
+    if not len(draws) or not inside or not np.isfinite(covariance).all():
+        return draws
+    away = draws - theta
+    squared = np.einsum("bi,ij,bj->b", away, np.linalg.pinv(covariance, hermitian=True), away)
+    middle = float(np.quantile(squared, 0.75))
+    freedom = max(1, n_clusters - p) / n_clusters
+    factor = np.sqrt(chi2.ppf(0.75, p) * freedom / middle) if middle > 0 else 1.0
+    return np.asarray(np.clip(theta + np.clip(factor, *STRETCH) * away, surface.lower,
+                              surface.upper))  # fmt: skip
+
+
 def tail(level: float, n_clusters: int, n_free: int) -> float:
     """Share of the draws below a percentile interval of nominal ``level``.
 
@@ -218,10 +257,13 @@ def sandwich(problem: Problem, theta: Array, weights: Array, codes: npt.NDArray[
     scores, own = np.zeros((g, p)), np.zeros((g, p, p))
     np.add.at(scores, used, pulls)
     np.add.at(own, used, curved[:, :, None] * jacobian[:, None, :])
-    try:
-        moves = np.linalg.solve(own.sum(axis=0) - own, scores[:, :, None])[:, :, 0]
-    except np.linalg.LinAlgError:
+    every = own.sum(axis=0)
+    size = np.sqrt(np.diag(every))
+    if (size == 0).any() or (
+        np.linalg.eigvalsh((every - own) / np.outer(size, size))[:, 0] < SINGULAR
+    ).any():
         return np.full((p, p), np.inf)
+    moves = np.linalg.solve(every - own, scores[:, :, None])[:, :, 0]
     return np.asarray((g - 1) / g * moves.T @ moves)
 
 

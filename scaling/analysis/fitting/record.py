@@ -80,7 +80,7 @@ def record(fit: "LawFit") -> dict[str, Any]:
         "range": {name: list(ends) for name, ends in fit.ranges().items()},
         "bootstrap": {
             "method": "percentile, expanded for few clusters",
-            "cluster_weights": "counts" if fit.frontier else "fractional",
+            "cluster_weights": "fractional" if boot.fractional else "counts",
             "resampling": boot.resampling,
             "cluster": boot.cluster,
             "n_clusters": boot.n_clusters,

@@ -1,9 +1,14 @@
 """Does equal pretraining loss give equal transfer, whichever factor bought it?
 
-The model is ``T = f(L) + sum_k beta_k ln x_k``: transfer T of runs with pretraining loss L and
-factors x_k. If the loss says all, every beta_k is zero. ``equal_loss_test`` takes f from a fitted
-law or as a parabola and works in the space orthogonal to what f can absorb (Frisch and Waugh 1933;
-for a nonlinear law its tangent space), so that a misfit slope of f is not read as an effect.
+The model is ``T = f(L) + beta_k ln x_k``: transfer T of runs with pretraining loss L and a factor
+x_k. If the loss says all, beta_k is zero for every k. ``equal_loss_test`` takes f from a fitted law
+or as a parabola and works in the space orthogonal to what f can absorb (Frisch and Waugh 1933; for
+a nonlinear law its tangent space), so that a misfit slope of f is not read as an effect.
+
+Factors enter one by one, the clearest first, while they are significant; each is tested beside f
+and those already in. All at once cannot be told: together they nearly make up the loss itself. So
+what differs is told from what does not, and the smallest set of factors that explains it is named;
+that all other factors differ from these, in the opposite direction, would look the same.
 
 Three dangers are met as follows.
 
@@ -24,26 +29,34 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 from scipy.stats import t as student
 
 from scaling.analysis.fitting.record import plain, plain_rows
-
-Array = npt.NDArray[np.float64]
+from scaling.analysis.transfer_law.regression import (
+    Array,
+    Codes,
+    basis,
+    calibrated,
+    permutations,
+    reliability,
+    studentised,
+    with_constant,
+)
 
 ALPHA = 0.05
 POWER = 0.8
 FEWEST_DOF = 3
 """Configurations beyond the parameters that the test needs."""
-MAX_INFLATION = 1e4
-"""Above this variance inflation a factor is the loss and the other factors in another guise. Below,
-it stays: a factor left out would lend its effect to those that it moves with."""
 SAME = 0.999
 """Correlation of the logarithms of two factors above which they are one."""
 MIN_RELIABILITY = 0.5
 """Share of the variance of the loss at given factors that must not be noise."""
-CLUSTERS_PER_STRATUM = 8
+COLUMNS = [
+    "per_doubling", "lower", "upper", "over_range", "p", "p_adjusted", "detectable", "inflation",
+    "range",
+]  # fmt: skip
+LN_2 = float(np.log(2))
 
 
 class EqualityVerdict(StrEnum):
@@ -68,9 +81,11 @@ class EqualLossTest:
         effects: one row a factor: ``per_doubling`` change of the metric when the factor doubles at
             equal loss, its 95 % interval ``lower`` and ``upper``, ``over_range`` the change over
             the factor's range in the data, permutation ``p`` and ``p_adjusted`` over factors,
-            ``detectable`` effect per doubling seen with 80 % power at the corrected level,
-            ``inflation`` of its variance by loss and other factors.
-        residuals: T less f(L), per row; ``unexplained``: less the effects too. [metric]
+            ``detectable`` effect per doubling seen with 80 % power at the level of Bonferroni,
+            ``inflation`` of its variance by the loss and the factors already in, ``range`` of the
+            factor in doublings. Of ``factors`` each beside the others of them.
+        residuals: T less f(L), per row. [metric]
+        unexplained: per row and factor, what f, the ``factors`` and this one leave. [metric]
         span: change of f(L) over the data: what the loss itself moves. [metric]
         margin: share of ``span`` within which an effect over its range counts as none.
         reliability: share of the variance of the loss at given factors that is not noise; None
@@ -85,7 +100,7 @@ class EqualLossTest:
     reasons: tuple[str, ...]
     effects: pd.DataFrame
     residuals: Array
-    unexplained: Array
+    unexplained: pd.DataFrame
     span: float
     margin: float
     reliability: float | None
@@ -128,7 +143,7 @@ def equal_loss_test(
     Args:
         points: one row a run: ``x`` loss [nats], ``y`` metric, ``cluster`` configuration (seeds of
             one share it), and the factors, positive.
-        factors: columns; those that do not vary, or only together with others, are left out.
+        factors: columns; those that do not vary, or only with an earlier one, are left out.
         tangent: ``[m] -> [m, P]``, derivative of a fitted law of the loss by its parameters
             (``laws.tangent``): what f can absorb; None: f is a parabola.
         margin: share of the change of f(L) over the data within which an effect, over the range of
@@ -149,74 +164,48 @@ def equal_loss_test(
     codes = pd.factorize(points[cluster])[0].astype(np.int64)
     n_clusters = int(codes.max()) + 1 if len(codes) else 0
 
-    left_out, kept = _varying(np.log(raw), list(factors))
+    left_out, kept = _apart(np.log(raw), list(factors))
     z = np.log(raw)[:, kept]
     z = z - z.mean(axis=0) if len(z) else z
     names = [factors[k] for k in kept]
-    reliability = _reliability(loss, z, codes)
-    nuisance = _nuisance(_calibrated(loss, z, reliability), tangent)
-    while names:  # the last factor that is the loss and the others in disguise goes, until none is
-        inflation = _inflation(nuisance, z)
-        if inflation.max() <= MAX_INFLATION:
-            break
-        k = int(np.flatnonzero(inflation > MAX_INFLATION)[-1])
-        left_out[names[k]] = _aliased(names, z, k, float(inflation[k]))
-        names.pop(k)
-        z = np.delete(z, k, axis=1)
-    fitted = nuisance @ (nuisance.T @ metric)
-    residuals, span = metric - fitted, float(np.ptp(fitted)) if len(fitted) else 0.0
-    dof = n_clusters - nuisance.shape[1] - z.shape[1]
-    against = None
-    if not names:
-        against = "no factor can be told from the loss"
-    elif dof < FEWEST_DOF:
-        against = (
-            f"{n_clusters} configurations for {nuisance.shape[1] + z.shape[1]} parameters; "
-            f"{FEWEST_DOF} more than these are needed"
-        )
-    elif reliability is not None and reliability < MIN_RELIABILITY:
-        against = (
-            f"at given factors {1 - reliability:.0%} of the variance of the loss is noise between "
-            "seeds: what the factors say of the loss and what they say beside it are not parted"
-        )
+    share = reliability(loss, z, codes)
+    nuisance = _nuisance(calibrated(loss, z, share), tangent)
+    residuals = metric - nuisance @ (nuisance.T @ metric)
+    span = float(np.ptp(metric - residuals)) if len(metric) else 0.0
     shared: dict[str, Any] = {
-        "residuals": residuals, "span": span, "margin": margin, "reliability": reliability,
+        "residuals": residuals, "span": span, "margin": margin, "reliability": share,
         "left_out": left_out, "n": len(points), "n_clusters": n_clusters,
     }  # fmt: skip
+    against = None
+    if len(names) < 2:
+        only = names[0] if names else "no factor"
+        against = f"{only} alone bought the loss: there is nothing to compare it with"
+    elif n_clusters - nuisance.shape[1] - 1 < FEWEST_DOF:
+        against = (
+            f"{n_clusters} configurations for {nuisance.shape[1] + 1} parameters; "
+            f"{FEWEST_DOF} more than these are needed"
+        )
+    elif share is not None and share < MIN_RELIABILITY:
+        against = (
+            f"at given factors {1 - share:.0%} of the variance of the loss is noise between "
+            "seeds: what the factors say of the loss and what they say beside it are not parted"
+        )
     if against is not None:
         return EqualLossTest(
-            EqualityVerdict.UNDECIDED, (), (against,), _effects_table([], {}), smallest_p=1.0,
-            unexplained=residuals, **shared,
+            EqualityVerdict.UNDECIDED, (), (against,), pd.DataFrame(columns=COLUMNS),
+            smallest_p=1.0, unexplained=pd.DataFrame(index=points.index), **shared,
         )  # fmt: skip
-    rng = np.random.default_rng(seed)
-    order, smallest = _permutations(loss, codes, n_permutations, rng)
-    beta, error = _studentised(nuisance, z, codes, residuals[order])
-    t = np.abs(beta) / error
-    exceed = t[1:] >= t[0] * (1 - 1e-12)
-    largest = t[1:].max(axis=1, keepdims=True) >= t[0] * (1 - 1e-12)
-    p = (1 + exceed.sum(axis=0)) / len(t)
-    adjusted = (1 + largest.sum(axis=0)) / len(t)
-    half = student.ppf(1 - ALPHA / 2, dof) * error[0]
-    seen = student.ppf(1 - ALPHA / 2 / len(names), dof) + student.ppf(POWER, dof)
-    doubling, ranges = np.log(2.0), np.ptp(z, axis=0)
-    effects = _effects_table(
-        names,
-        {
-            "per_doubling": beta[0] * doubling,
-            "lower": (beta[0] - half) * doubling,
-            "upper": (beta[0] + half) * doubling,
-            "over_range": beta[0] * ranges,
-            "p": p,
-            "p_adjusted": adjusted,
-            "detectable": seen * error[0] * doubling,
-            "inflation": _inflation(nuisance, z),
-        },
-    )
-    ends = np.maximum(np.abs(beta[0] - half), np.abs(beta[0] + half)) * ranges
-    verdict, found, reasons = _judge(effects, ends, span, margin, ranges, smallest)
-    unexplained = residuals - (z - nuisance @ (nuisance.T @ z)) @ beta[0]
+    order, smallest = permutations(loss, codes, n_permutations, np.random.default_rng(seed))
+    effects, unexplained, found = _select(metric, nuisance, z, names, codes, order)
+    verdict, reasons = _judge(effects, found, span, margin, smallest)
     return EqualLossTest(
-        verdict, found, reasons, effects, smallest_p=smallest, unexplained=unexplained, **shared
+        verdict,
+        tuple(found) if verdict is EqualityVerdict.DIFFERS else (),
+        reasons,
+        effects,
+        smallest_p=smallest,
+        unexplained=unexplained.set_index(points.index),
+        **shared,
     )
 
 
@@ -238,157 +227,115 @@ def over_tasks(tests: Mapping[str, EqualLossTest]) -> dict[str, EqualityVerdict]
     return {task: out[task] for task in tests}
 
 
+def _select(
+    metric: Array, nuisance: Array, z: Array, names: list[str], codes: Codes, order: Codes
+) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Effects and what they leave unexplained, by factor, and the factors that were taken in.
+
+    A factor is tested by itself beside f(L) and the factors already in; the clearest enters while
+    it is significant.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    rest: dict[str, Array] = {}
+    chosen: list[int] = []
+    n_clusters = int(codes.max()) + 1
+
+    def estimate(k: int, others: list[int], orders: Codes) -> tuple[Array, Array, int]:
+        """Effect of factor k and its error, ``[B]`` each, and the degrees of freedom."""
+        known = basis(np.column_stack([nuisance, z[:, others]]))
+        null = metric - known @ (known.T @ metric)
+        beta, error = studentised(known, z[:, [k]], codes, null[orders])
+        own = z[:, k] - z[:, k].mean()
+        partial = z[:, k] - known @ (known.T @ z[:, k])
+        dof = n_clusters - known.shape[1] - 1
+        half = student.ppf(1 - ALPHA / 2, dof) * error[0]
+        seen = student.ppf(1 - ALPHA / 2 / len(names), dof) + student.ppf(POWER, dof)
+        rest[names[k]] = null - beta[0, 0] * partial
+        rows.setdefault(names[k], {}).update(
+            {
+                "per_doubling": beta[0, 0] * LN_2,
+                "lower": (beta[0, 0] - half[0]) * LN_2,
+                "upper": (beta[0, 0] + half[0]) * LN_2,
+                "over_range": beta[0, 0] * np.ptp(z[:, k]),
+                "detectable": seen * error[0, 0] * LN_2,
+                "inflation": float(own @ own) / max(float(partial @ partial), 1e-300),
+                "range": float(np.ptp(z[:, k])) / LN_2,
+            }
+        )
+        return beta[:, 0], error[:, 0], dof
+
+    while True:
+        left = [k for k in range(len(names)) if k not in chosen]
+        tried = [estimate(k, chosen, order) for k in left]
+        t = np.stack([np.abs(beta) / error for beta, error, _ in tried], axis=1)
+        largest = t[1:].max(axis=1, keepdims=True)
+        for column, k in enumerate(left):
+            bar = t[0, column] * (1 - 1e-12)
+            rows[names[k]]["p"] = (1 + int((t[1:, column] >= bar).sum())) / len(t)
+            rows[names[k]]["p_adjusted"] = (1 + int((largest >= bar).sum())) / len(t)
+        k = left[int(np.argmax(t[0]))]
+        row = rows[names[k]]
+        clear = row["p_adjusted"] <= ALPHA and row["lower"] * row["upper"] > 0
+        if not clear or tried[0][2] - 1 < FEWEST_DOF or len(left) == 1:
+            break
+        chosen.append(k)
+    if clear and k not in chosen:
+        chosen.append(k)
+    for k in chosen:
+        estimate(k, [other for other in chosen if other != k], order[:1])
+    effects = pd.DataFrame.from_dict(rows, orient="index", columns=COLUMNS).loc[names]
+    return effects.rename_axis("factor"), pd.DataFrame(rest)[names], [names[k] for k in chosen]
+
+
 def _judge(
-    effects: pd.DataFrame, ends: Array, span: float, margin: float, ranges: Array, smallest: float
-) -> tuple[EqualityVerdict, tuple[str, ...], tuple[str, ...]]:
-    """The verdict, the factors that differ, and the reasons."""
-    clear = (effects["lower"] > 0) | (effects["upper"] < 0)
-    differing = effects[clear & (effects["p_adjusted"] <= ALPHA)]
-    clear_ones = tuple(
-        f"{name}: {row['per_doubling']:+.3g} per doubling at equal loss "
-        f"({row['lower']:+.3g} to {row['upper']:+.3g}), corrected p {row['p_adjusted']:.2g}"
-        for name, row in differing.iterrows()
+    effects: pd.DataFrame, found: list[str], span: float, margin: float, smallest: float
+) -> tuple[EqualityVerdict, tuple[str, ...]]:
+    """The verdict and the reasons."""
+    clear = tuple(
+        f"{name}: {effects['per_doubling'][name]:+.3g} per doubling at equal loss "
+        f"({effects['lower'][name]:+.3g} to {effects['upper'][name]:+.3g}), corrected p "
+        f"{effects['p_adjusted'][name]:.2g}"
+        for name in found
     )
+    ends = effects[["lower", "upper"]].abs().max(axis=1) * effects["range"]
     if (ends <= margin * span).all():
         reason = (
             f"every effect over its factor's range lies within {margin:.0%} of what the loss "
             f"moves ({span:.3g})"
         )
-        return EqualityVerdict.EQUAL, (), (reason, *clear_ones)
-    if len(differing):
-        return EqualityVerdict.DIFFERS, tuple(map(str, differing.index)), clear_ones
+        return EqualityVerdict.EQUAL, (reason, *clear)
+    if found:
+        return EqualityVerdict.DIFFERS, clear
     reasons = tuple(
-        f"{name}: an effect of {seen * reach / np.log(2):.3g} over its range would have been seen; "
-        f"the loss itself moves {span:.3g}"
-        for name, seen, reach in zip(effects.index, effects["detectable"], ranges, strict=True)
+        f"{name}: an effect of {row['detectable'] * row['range']:.3g} over its range would have "
+        f"been seen; the loss itself moves {span:.3g}"
+        for name, row in effects.iterrows()
     )
     if smallest > ALPHA:
         reasons += (f"the design has too few permutations: no p below {smallest:.2g} is possible",)
-    return EqualityVerdict.UNDECIDED, (), reasons
+    return EqualityVerdict.UNDECIDED, reasons
 
 
-def _varying(z: Array, factors: list[str]) -> tuple[dict[str, str], list[int]]:
-    constant = {f for k, f in enumerate(factors) if len(z) == 0 or np.ptp(z[:, k]) == 0}
-    left_out = {f: "the same in every run" for f in factors if f in constant}
-    return left_out, [k for k, f in enumerate(factors) if f not in constant]
-
-
-def _reliability(loss: Array, z: Array, codes: npt.NDArray[np.int64]) -> float | None:
-    """1 - (variance of the loss between seeds) / (its variance given the factors)."""
-    counts = np.bincount(codes) if len(codes) else np.zeros(0)
-    spare = len(loss) - len(counts)
-    if spare < 1:
-        return None
-    within = loss - (np.bincount(codes, loss) / counts)[codes]
-    noise = float(within @ within) / spare
-    rest = loss - _projection(_with_constant(z)) @ loss
-    dof = max(1, len(loss) - z.shape[1] - 1)
-    given = float(rest @ rest) / dof
-    return max(0.0, 1 - noise / given) if given > 0 else 0.0
-
-
-def _calibrated(loss: Array, z: Array, reliability: float | None) -> Array:
-    """The expected true loss of each run, given the measured one and the factors."""
-    if reliability is None:
-        return loss
-    expected = _projection(_with_constant(z)) @ loss
-    return np.asarray(expected + reliability * (loss - expected))
+def _apart(z: Array, factors: list[str]) -> tuple[dict[str, str], list[int]]:
+    """Why factors are left out, and the places of the others."""
+    left_out, kept = dict[str, str](), list[int]()
+    for k, factor in enumerate(factors):
+        if len(z) == 0 or np.ptp(z[:, k]) == 0:
+            left_out[factor] = "the same in every run"
+            continue
+        alike = [i for i in kept if abs(np.corrcoef(z[:, i], z[:, k])[0, 1]) > SAME]
+        if alike:
+            left_out[factor] = (
+                f"moves with {factors[alike[0]]} in this design: the two are not parted"
+            )
+        else:
+            kept.append(k)
+    return left_out, kept
 
 
 def _nuisance(loss: Array, tangent: Callable[[Array], Array] | None) -> Array:
     """``[n, q]`` orthonormal basis of what f can absorb at these losses."""
     if tangent is None:
         u = (loss - loss.mean()) / max(float(np.ptp(loss)), 1e-300)
-        return _basis(np.stack([np.ones_like(u), u, u**2], axis=1))
-    return _basis(_with_constant(tangent(loss)))
-
-
-def _basis(columns: Array) -> Array:
-    """Orthonormal basis of the columns' span; columns are scaled to length one before."""
-    length = np.linalg.norm(columns, axis=0)
-    u, s, _ = np.linalg.svd(columns / np.where(length > 0, length, 1.0), full_matrices=False)
-    return np.asarray(u[:, s > 1e-8 * s[0]])
-
-
-def _with_constant(z: Array) -> Array:
-    return np.column_stack([np.ones(len(z)), z])
-
-
-def _projection(columns: Array) -> Array:
-    basis = _basis(columns)
-    return np.asarray(basis @ basis.T)
-
-
-def _inflation(nuisance: Array, z: Array) -> Array:
-    """Variance inflation of each factor's effect by the loss and the other factors."""
-    out = []
-    for k in range(z.shape[1]):
-        own = z[:, k] - z[:, k].mean()
-        others = _basis(np.column_stack([nuisance, np.delete(z, k, axis=1)]))
-        left = own - others @ (others.T @ own)
-        out.append(float(own @ own) / max(float(left @ left), 1e-300))
-    return np.array(out)
-
-
-def _aliased(names: list[str], z: Array, k: int, inflation: float) -> str:
-    """Why factor k is not tested."""
-    with np.errstate(invalid="ignore"):
-        like = np.abs(np.corrcoef(z.T))[k] if len(names) > 1 else np.zeros(1)
-    twins = [n for i, n in enumerate(names) if i != k and like[i] > SAME]
-    if twins:
-        return f"moves with {', '.join(twins)} in this design: the two are not parted"
-    return f"moves with the loss and the other factors (variance inflation {inflation:.3g})"
-
-
-def _permutations(
-    loss: Array, codes: npt.NDArray[np.int64], n: int, rng: np.random.Generator
-) -> tuple[npt.NDArray[np.int64], float]:
-    """``[1 + n, rows]`` orders of the rows, the first unchanged, and the smallest p they allow.
-
-    Configurations change places as wholes, with those of as many rows in the same stratum of loss.
-    """
-    counts = np.bincount(codes)
-    rank = np.argsort(np.argsort(np.bincount(codes, loss) / counts))
-    strata = rank * max(1, len(counts) // CLUSTERS_PER_STRATUM) // len(counts)
-    order = np.tile(np.arange(len(codes)), (1 + n, 1))
-    log_orders = 0.0
-    for stratum in np.unique(strata):
-        for size in np.unique(counts[strata == stratum]):
-            group = np.flatnonzero((strata == stratum) & (counts == size))
-            rows = np.stack([np.flatnonzero(codes == g) for g in group])
-            places = rng.random((n, len(group))).argsort(axis=1)
-            order[1:, rows.ravel()] = rows[places].reshape(n, -1)
-            log_orders += float(np.log(np.arange(1, len(group) + 1)).sum())
-    smallest = max(float(np.exp(-log_orders)), 1 / (1 + n))
-    return order, smallest
-
-
-def _studentised(
-    nuisance: Array, z: Array, codes: npt.NDArray[np.int64], residuals: Array
-) -> tuple[Array, Array]:
-    """Effects ``[B, K]`` and their CR3 errors, for residuals ``[B, n]`` of the null model."""
-    partial = z - nuisance @ (nuisance.T @ z)
-    bread = np.linalg.inv(partial.T @ partial)
-    left = residuals - (residuals @ nuisance) @ nuisance.T
-    beta = left @ partial @ bread
-    rest = left - beta @ partial.T
-    hat = nuisance @ nuisance.T + partial @ bread @ partial.T
-    variance = np.zeros_like(beta)
-    n_clusters = int(codes.max()) + 1
-    for g in range(n_clusters):
-        rows = np.flatnonzero(codes == g)
-        # pinv: a configuration that alone decides a parameter leaves no residual to scale
-        spread = np.linalg.pinv(np.eye(len(rows)) - hat[np.ix_(rows, rows)], rcond=1e-8)
-        change = rest[:, rows] @ spread @ partial[rows] @ bread
-        variance += change**2
-    variance *= (n_clusters - 1) / n_clusters
-    return beta, np.sqrt(np.maximum(variance, 1e-300))
-
-
-def _effects_table(names: list[str], columns: dict[str, Array]) -> pd.DataFrame:
-    names_of_columns = (
-        "per_doubling", "lower", "upper", "over_range", "p", "p_adjusted", "detectable",
-        "inflation",
-    )  # fmt: skip
-    data = {c: columns.get(c, np.empty(0)) for c in names_of_columns}
-    return pd.DataFrame(data, index=pd.Index(names, name="factor", dtype=object))
+        return basis(np.stack([np.ones_like(u), u, u**2], axis=1))
+    return basis(with_constant(tangent(loss)))

@@ -85,7 +85,11 @@ def residuals_by_factor(
         x = points[str(factor)].to_numpy(dtype=np.float64)
         doublings = np.log2(x) - np.log2(x).mean()
         ax.scatter(
-            x, test.unexplained + row["per_doubling"] * doublings, color="C0", s=22, linewidths=0
+            x,
+            test.unexplained[factor] + row["per_doubling"] * doublings,
+            color="C0",
+            s=22,
+            linewidths=0,
         )
         order = np.argsort(x)[[0, -1]]
         ax.plot(
