@@ -310,7 +310,6 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=16, help="of methods that see losses")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--max-runs", type=int, default=MAX_RUNS, help="240: no limit")
-    parser.add_argument("--max-runs", type=int, default=MAX_RUNS, help="240: no limit")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     MAX_RUNS = args.max_runs
