@@ -206,7 +206,8 @@ def update(belief: Belief, runs: pd.DataFrame, noise: float, y: str = "loss") ->
 
     Minimises ``sum(((ln fit - ln y) / noise)^2) + (theta - mean)' precision (theta - mean)`` by a
     damped Gauss-Newton method. The prior keeps what few runs cannot tell, where ``fit_law`` would
-    stand on a bound.
+    stand on a bound. Losses are first brought to the law's own unit: their mean to what the mean
+    law gives at these runs; ``SPREAD_LEVEL`` leaves room for the rest.
 
     Args:
         runs: rows with the columns of the form and ``y``.
