@@ -146,8 +146,8 @@ def _analyse(
     console: Console, root: Path, tables: Tables, out: Path
 ) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """Fit and draw, unless the very files that the last demo left were made from these tables."""
-    from scaling.analysis.study.draw import draw
-    from scaling.analysis.study.report import study, write_study
+    from scaling.analysis.studies.draw import draw
+    from scaling.analysis.studies.report import study, write_study
 
     stamp = root / "demo.json"
     sources = _digests(out / f"{name}.parquet" for name in SCHEMAS)

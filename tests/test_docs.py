@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import typer.main
 
-from scaling.analysis.study.report import FITS_VERSION
+from scaling.analysis.studies.report import FITS_VERSION
 from scaling.cli import app
 from scaling.config import ModelConfig, PoolConfig, RunConfig
 from scaling.data.corpus import SCHEMA_VERSION as CORPUS_VERSION

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from scaling.analysis.fitting.objective import Objective
     from scaling.analysis.fitting.status import FitError, FitStatus
     from scaling.analysis.fitting.verdicts import Identification
-    from scaling.analysis.study.draw import draw
-    from scaling.analysis.study.report import study, write_study
+    from scaling.analysis.studies.draw import draw
+    from scaling.analysis.studies.report import study, write_study
 
 _HOME = {
     "FitError": "fitting.status",
@@ -38,14 +38,14 @@ _HOME = {
     "LawFit": "fitting.law",
     "Objective": "fitting.objective",
     "compute_frontier": "fitting.frontier",
-    "draw": "study.draw",
+    "draw": "studies.draw",
     "fit_law": "fitting.fit",
     "fit_power_law": "fitting.fit",
     "gain_vs_similarity": "figures",
     "loss_vs_compute": "figures",
-    "study": "study.report",
+    "study": "studies.report",
     "transfer_vs_pretraining": "figures",
-    "write_study": "study.report",
+    "write_study": "studies.report",
 }
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Figures of tables and laws. Each function returns Axes; ``study.draw`` writes files.
+"""Figures of tables and laws. Each function returns Axes; ``studies.draw`` writes files.
 
 A law to draw is either a ``LawFit`` or its ``to_dict()`` out of ``fits.json``, so that
 committed tables and fits are enough to make every figure again.
@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from scaling.analysis.fitting.frontier import compute_frontier
-from scaling.analysis.study.downstream import correlations, downstream_points
-from scaling.analysis.study.gains import encoder, gain_points
+from scaling.analysis.studies.downstream import correlations, downstream_points
+from scaling.analysis.studies.gains import encoder, gain_points
 
 if TYPE_CHECKING:
     from scaling.analysis.fitting.law import LawFit

@@ -89,7 +89,7 @@ def fit(
         else:
             _print_law(law)
         return
-    from scaling.analysis.study.report import study, write_study
+    from scaling.analysis.studies.report import study, write_study
 
     folder = tables_folder(table, results)
     fits = study(load_tables(folder), n_boot=n_boot, seed=seed)

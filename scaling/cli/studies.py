@@ -24,7 +24,7 @@ def figures(sweep: SweepFile, results: Results = RESULTS) -> None:
     Example:
         clue-scaling figures sweeps/demo.toml
     """
-    from scaling.analysis.study.draw import draw
+    from scaling.analysis.studies.draw import draw
     from scaling.files import RecordError, read_json
 
     folder = tables_folder(sweep, results)

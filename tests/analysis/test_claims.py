@@ -1,6 +1,7 @@
 """Claims survive only if every choice gives the same answer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,17 +9,17 @@ import pandas as pd
 import pytest
 
 from scaling.analysis import fit_law
-from scaling.analysis.study.choices import Choice, jointly, one_at_a_time, values
-from scaling.analysis.study.claims import (
+from scaling.analysis.studies.choices import Choice, jointly, one_at_a_time, values
+from scaling.analysis.studies.claims import (
     Claim,
     Reading,
     evaluated,
     same_loss_same_transfer,
 )
-from scaling.analysis.study.conclusions import conclusions
-from scaling.analysis.study.factors import additive, factors_of, joint_forms, size_forms
-from scaling.analysis.study.laws import Laws, floor_alone_is_bound
-from scaling.analysis.study.runs import runs_to_fit
+from scaling.analysis.studies.conclusions import conclusions
+from scaling.analysis.studies.factors import additive, factors_of, joint_forms, size_forms
+from scaling.analysis.studies.laws import Laws, floor_alone_is_bound
+from scaling.analysis.studies.runs import runs_to_fit
 from scaling.results import Tables
 
 PLANTED = 0.06
@@ -34,8 +35,9 @@ def claim_of(laws: Laws, name: str) -> Claim:
     return claim
 
 
-def answer(laws: Laws, name: str) -> dict[str, Any]:
-    (found,) = evaluated(laws, [claim_of(laws, name)])
+def answer(laws: Laws, name: str, *axes: str) -> dict[str, Any]:
+    claim = claim_of(laws, name)
+    (found,) = evaluated(laws, [replace(claim, axes=axes or claim.axes)])
     return found
 
 
@@ -123,9 +125,9 @@ def three_factors(world: World) -> Laws:
 @pytest.mark.slow
 def test_planted_exponents_and_their_order_survive(three_factors: Laws) -> None:
     for name in ("n_total", "batch_size", "items_per_user_mean"):
-        found = answer(three_factors, f"exponent.{name}")
+        found = answer(three_factors, f"exponent.{name}", "size", "length", "y")
         assert found["holds"], found["against"]
-    order = answer(three_factors, "order.n_total.batch_size")
+    order = answer(three_factors, "order.n_total.batch_size", "size", "length", "y")
     assert (order["holds"], order["answer"]) == (True, "n_total"), order["against"]
     base = order["values"][0]
     assert base["lower"] < 0.35 < base["upper"]  # 0.6 - 0.25

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from scaling.analysis.figures import transfer_vs_pretraining
-from scaling.analysis.study.downstream import downstream_points, downstream_report
+from scaling.analysis.studies.downstream import downstream_points, downstream_report
 from scaling.results import Tables
 
 

@@ -19,7 +19,7 @@ from matplotlib.collections import PathCollection, PolyCollection
 
 from scaling.analysis import LawFit, fit_power_law
 from scaling.analysis.figures import loss_vs_compute, transfer_vs_pretraining
-from scaling.analysis.study.draw import draw
+from scaling.analysis.studies.draw import draw
 from scaling.results import Tables
 
 
@@ -165,3 +165,10 @@ def test_public_names_are_those_listed() -> None:
     assert pd.Series(analysis.__all__).is_unique
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = analysis.nothing
+
+
+def test_the_study_is_a_function_whatever_is_imported_before() -> None:
+    import scaling.analysis as analysis
+    import scaling.analysis.studies.report
+
+    assert analysis.study is scaling.analysis.studies.report.study

@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PathCollection
 
 from scaling.analysis.figures import SPREAD, gain_vs_similarity
-from scaling.analysis.study.draw import GAIN_METRICS, draw
-from scaling.analysis.study.gains import encoder, gain_points, gains_report, trend
+from scaling.analysis.studies.draw import GAIN_METRICS, draw
+from scaling.analysis.studies.gains import encoder, gain_points, gains_report, trend
 from scaling.results import GAINS_SCHEMA, MEASURES, Tables
 
 RUNS = ("r0", "r1", "r2")

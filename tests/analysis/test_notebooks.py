@@ -71,6 +71,19 @@ def test_notebooks_on_transfer_give_what_the_log_says(
     assert [r for r in rows if "{} ({} to {})".format(*r) not in log] == []
 
 
+@pytest.mark.slow
+def test_the_notebook_of_laws_gives_what_the_log_says() -> None:
+    drawn, printed = execute(ANALYSIS / "05_laws.ipynb")
+    assert len(drawn) == 4
+    log = " ".join((ANALYSIS.parent / "docs" / "log.md").read_text(encoding="utf-8").split())
+    rows = re.findall(r"(\d\.\d+) \((\d\.\d+) to (\d\.\d+)\)", printed)
+    assert len(rows) >= 15
+    assert [r for r in rows if "{} ({} to {})".format(*r) not in log] == []
+    survive = re.findall(r"\w+: \d+ of \d+ claims survive", printed)
+    assert len(survive) == 2
+    assert [line for line in survive if line not in log] == []
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
 def test_notebooks_ask_one_question_and_define_nothing(path: Path) -> None:
     cells = nbformat.read(path, as_version=4).cells

@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
-from scaling.analysis.study.choices import COMPUTE
-from scaling.analysis.study.report import repetition, study, write_study
-from scaling.analysis.study.runs import runs_to_fit, smaller_pools
+from scaling.analysis.studies.choices import COMPUTE
+from scaling.analysis.studies.report import repetition, study, write_study
+from scaling.analysis.studies.runs import runs_to_fit, smaller_pools
 from scaling.results import Tables
 
 PLANTED = 0.06

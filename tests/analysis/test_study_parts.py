@@ -13,12 +13,12 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from scaling.analysis import fit_law
-from scaling.analysis.study import figures
-from scaling.analysis.study.aliasing import COLUMNS, aliasing
-from scaling.analysis.study.joint import joint
-from scaling.analysis.study.laws import Laws
-from scaling.analysis.study.limits import limits
-from scaling.analysis.study.losses import losses
+from scaling.analysis.studies import figures
+from scaling.analysis.studies.aliasing import COLUMNS, aliasing
+from scaling.analysis.studies.joint import joint
+from scaling.analysis.studies.laws import Laws
+from scaling.analysis.studies.limits import limits
+from scaling.analysis.studies.losses import losses
 
 World = Callable[..., pd.DataFrame]
 EXPONENTS = {"n_total": 0.5, "batch_size": 0.25, "items_per_user_mean": 0.3, "users_seen": 0.4}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scaling.analysis.study.downstream import downstream_points
+from scaling.analysis.studies.downstream import downstream_points
 from scaling.results import COUNTED, Tables
 from scaling.sweeps import PLAN_COLUMNS
 

@@ -12,9 +12,9 @@ from scaling.analysis.fitting.fit import fit_law
 from scaling.analysis.fitting.law import LawFit
 from scaling.analysis.fitting.record import plain
 from scaling.analysis.fitting.status import FitError
-from scaling.analysis.study.choices import Choice
-from scaling.analysis.study.factors import additive, joint_forms, size_forms
-from scaling.analysis.study.laws import ALTERNATIVE_DRAWS, FOLDS, Laws
+from scaling.analysis.studies.choices import Choice
+from scaling.analysis.studies.factors import additive, joint_forms, size_forms
+from scaling.analysis.studies.laws import ALTERNATIVE_DRAWS, FOLDS, Laws
 
 CURVE_POINTS = 41
 

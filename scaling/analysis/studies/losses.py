@@ -12,8 +12,8 @@ import pandas as pd
 
 from scaling.analysis.fitting.fit import fit_law
 from scaling.analysis.fitting.status import FitError
-from scaling.analysis.study.compute import rank_correlation
-from scaling.analysis.study.runs import POOL_LOSS, TRAIN_INFORMATION, smaller_pools
+from scaling.analysis.studies.compute import rank_correlation
+from scaling.analysis.studies.runs import POOL_LOSS, TRAIN_INFORMATION, smaller_pools
 
 
 def losses(runs: pd.DataFrame, n_boot: int, seed: int) -> dict[str, Any]:

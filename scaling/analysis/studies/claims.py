@@ -16,8 +16,8 @@ import pandas as pd
 
 from scaling.analysis.fitting.record import plain
 from scaling.analysis.fitting.status import FitError, FitStatus
-from scaling.analysis.study.choices import Choice, jointly, one_at_a_time
-from scaling.analysis.study.laws import Laws
+from scaling.analysis.studies.choices import Choice, jointly, one_at_a_time
+from scaling.analysis.studies.laws import Laws
 
 MIN_EXPONENT = 1e-3
 """The exponent in compute is above zero where its 95 % interval lies above this."""

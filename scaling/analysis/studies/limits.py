@@ -14,8 +14,9 @@ from scaling.analysis.fitting.intervals import tail
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.law import LawFit
 from scaling.analysis.fitting.record import plain
-from scaling.analysis.study.factors import REPEATS, USERS
-from scaling.analysis.study.runs import CELL
+from scaling.analysis.fitting.status import FitStatus
+from scaling.analysis.studies.factors import REPEATS, USERS
+from scaling.analysis.studies.runs import CELL
 
 AGREE = 0.95
 """Share of the bootstrap draws that must name the same factor for it to be said to limit."""
@@ -72,14 +73,16 @@ def limits(fit: LawFit, runs: pd.DataFrame) -> dict[str, Any]:
                 for name in gains
             },
         }  # fmt: skip
-        out.append(record | _limiting(paid, {name: gains[name][:, i] for name in paid}))
+        limiting = _limiting(paid, {name: gains[name][:, i] for name in paid})
+        limiting["said"] &= fit.status is FitStatus.CONVERGED
+        out.append(record | limiting)
     return {"unit": UNIT, "rule": RULE, "cells": out}
 
 
 UNIT = "nats that doubling the factor takes off the loss, by the law's slope at the cell"
 RULE = (
     f"the factor that costs compute with the largest gain; said where at least {AGREE:.0%} of the "
-    "bootstrap draws name the same; none where the largest gain is not above zero"
+    "bootstrap draws of a law that CONVERGED name the same; none where no gain is above zero"
 )
 
 

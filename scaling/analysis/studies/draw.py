@@ -16,8 +16,8 @@ from scaling.analysis.figures import (
     loss_vs_compute,
     transfer_vs_pretraining,
 )
-from scaling.analysis.study import figures as of
-from scaling.analysis.study.gains import encoder, gain_points
+from scaling.analysis.studies import figures as of
+from scaling.analysis.studies.gains import encoder, gain_points
 from scaling.files import write_bytes
 from scaling.results import Tables
 

@@ -12,11 +12,11 @@ from scaling.analysis.fitting.law import LawFit
 from scaling.analysis.fitting.parameters import FLOOR
 from scaling.analysis.fitting.status import FitStatus
 from scaling.analysis.fitting.verdicts import IDENTIFICATION
-from scaling.analysis.study.choices import Choice
-from scaling.analysis.study.claims import MIN_EXPONENT, Claim, Reading
-from scaling.analysis.study.factors import REPEATS
-from scaling.analysis.study.laws import AXES, Laws
-from scaling.analysis.study.limits import PAID, limits
+from scaling.analysis.studies.choices import Choice
+from scaling.analysis.studies.claims import MIN_EXPONENT, Claim, Reading
+from scaling.analysis.studies.factors import REPEATS
+from scaling.analysis.studies.laws import AXES, Laws
+from scaling.analysis.studies.limits import PAID, limits
 
 DECIDED = 0.975
 """Share of the bootstrap draws in which one exponent must exceed another."""

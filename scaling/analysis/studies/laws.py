@@ -13,14 +13,14 @@ from scaling.analysis.fitting.objective import Objective
 from scaling.analysis.fitting.parameters import FLOOR
 from scaling.analysis.fitting.selection import select
 from scaling.analysis.fitting.status import FitError, FitStatus
-from scaling.analysis.study.choices import (
+from scaling.analysis.studies.choices import (
     ALL_RUNS,
     OBJECTIVES,
     OUTLIER_LIMIT,
     WITHOUT_OUTLIERS,
     Choice,
 )
-from scaling.analysis.study.factors import Factors, additive, factors_of, joint_forms
+from scaling.analysis.studies.factors import Factors, additive, factors_of, joint_forms
 
 AXES = {
     "compute": ("compute", "y", "objective", "rows", "points"),
@@ -144,29 +144,16 @@ class Laws:
         form = joint_forms(factors).get("additive" if law == "joint" else law)
         if form is None:
             raise FitError("no two runs differ in passes over their users, or in users seen")
-        base = choice == Choice()
-        draws = min(self.n_boot, JOINT_DRAWS if base else ALTERNATIVE_DRAWS)
-        return settled(
-            rows, form, choice.y, objective, draws, self.seed, always=base and law == "joint"
-        )
+        draws = min(self.n_boot, JOINT_DRAWS if choice == Choice() else ALTERNATIVE_DRAWS)
+        return settled(rows, form, choice.y, objective, draws, self.seed)
 
 
 def settled(
-    rows: pd.DataFrame,
-    form: str,
-    y: str,
-    objective: Objective,
-    n_boot: int,
-    seed: int,
-    *,
-    always: bool,
+    rows: pd.DataFrame, form: str, y: str, objective: Objective, n_boot: int, seed: int
 ) -> LawFit:
     """A law with floor; the same without, where the floor ends at its bound of zero and nothing
-    else is wrong.
-
-    Args:
-        always: make the bootstrap draws also where the fit did not converge, so that nothing may
-            be concluded from it.
+    else is wrong. Bootstrap draws are made where the fit converged: of another nothing may be
+    concluded, and its draws are slow.
 
     Raises:
         FitError: it cannot be fitted.
@@ -176,7 +163,7 @@ def settled(
     if floor_alone_is_bound(first):
         form = form.removeprefix("E + ")
         first = fit(form, n_boot=0)
-    if not n_boot or (first.status is not FitStatus.CONVERGED and not always):
+    if not n_boot or first.status is not FitStatus.CONVERGED:
         return first
     return fit(form, n_boot=n_boot)
 

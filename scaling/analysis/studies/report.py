@@ -12,19 +12,19 @@ import pandas as pd
 
 import scaling
 from scaling.analysis.fitting.status import FitError
-from scaling.analysis.study.aliasing import aliasing
-from scaling.analysis.study.choices import COMPUTE
-from scaling.analysis.study.claims import RULE, evaluated, same_loss_same_transfer
-from scaling.analysis.study.compute import compute_laws, rank_correlation
-from scaling.analysis.study.conclusions import conclusions
-from scaling.analysis.study.downstream import downstream_report
-from scaling.analysis.study.extrapolation import approaches, rollouts
-from scaling.analysis.study.gains import gains_report
-from scaling.analysis.study.joint import joint
-from scaling.analysis.study.laws import Laws
-from scaling.analysis.study.limits import limits
-from scaling.analysis.study.losses import losses
-from scaling.analysis.study.runs import runs_to_fit
+from scaling.analysis.studies.aliasing import aliasing
+from scaling.analysis.studies.choices import COMPUTE
+from scaling.analysis.studies.claims import RULE, evaluated, same_loss_same_transfer
+from scaling.analysis.studies.compute import compute_laws, rank_correlation
+from scaling.analysis.studies.conclusions import conclusions
+from scaling.analysis.studies.downstream import downstream_report
+from scaling.analysis.studies.extrapolation import approaches, rollouts
+from scaling.analysis.studies.gains import gains_report
+from scaling.analysis.studies.joint import joint
+from scaling.analysis.studies.laws import Laws
+from scaling.analysis.studies.limits import limits
+from scaling.analysis.studies.losses import losses
+from scaling.analysis.studies.runs import runs_to_fit
 from scaling.analysis.transfer_law.record import transfer_laws
 from scaling.files import write_json
 from scaling.results import Tables

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau, spearmanr
 
-from scaling.analysis.study.downstream import HEAD, differences
+from scaling.analysis.studies.downstream import HEAD, differences
 from scaling.results import MEASURES
 
 SPECIFIC = ("bst", "bst-15m", "lightgcn", "lightgcn-id", "deepfm")

@@ -1,6 +1,7 @@
 """Figures of a study's joint law and of its claims, from ``runs`` and ``fits.json`` alone."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 import matplotlib as mpl
@@ -99,7 +100,8 @@ def forest(claim: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
     ax.invert_yaxis()
     ax.axvline(0, color="0.45", linewidth=1)
     ax.set_xlabel("exponent, 95 % interval")
-    ax.set_title(claim["statement"] or f"open: {claim['question']}", fontsize=10)
+    title = claim["statement"] or f"open: {claim['question']}"
+    ax.set_title("\n".join(wrap(title, 60)), fontsize=10)
     return ax
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.verdicts import IDENTIFICATION, variance_inflation
-from scaling.analysis.study.factors import REPEATS
+from scaling.analysis.studies.factors import REPEATS
 
 COLUMNS = {
     "n_total": "n_total",

@@ -11,7 +11,7 @@ from itertools import product
 import pandas as pd
 
 from scaling.analysis.fitting.objective import HUBER_DELTA, Objective
-from scaling.analysis.study.runs import POOL_LOSS, smaller_pools
+from scaling.analysis.studies.runs import POOL_LOSS, smaller_pools
 
 COMPUTE = {
     "pf_days": "6 x n_total x batch_size x steps x sequence_length / 8.64e19 (the paper's formula)",

@@ -6,8 +6,8 @@ import pandas as pd
 from scipy.stats import kendalltau, spearmanr
 
 from scaling.analysis.fitting.status import FitError
-from scaling.analysis.study.choices import COMPUTE, Choice, one_at_a_time
-from scaling.analysis.study.laws import AXES, Laws
+from scaling.analysis.studies.choices import COMPUTE, Choice, one_at_a_time
+from scaling.analysis.studies.laws import AXES, Laws
 
 FLOORS = (Choice(), Choice(points="all"))
 """Choices under which the law in compute is also fitted with a floor."""

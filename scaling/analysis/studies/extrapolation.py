@@ -6,9 +6,9 @@ from scaling.analysis.allocation.approaches import compare_approaches
 from scaling.analysis.allocation.trend import AllocationError
 from scaling.analysis.fitting.rollout import rollout
 from scaling.analysis.fitting.status import FitError
-from scaling.analysis.study.choices import Choice
-from scaling.analysis.study.factors import additive
-from scaling.analysis.study.laws import ALTERNATIVE_DRAWS, Laws
+from scaling.analysis.studies.choices import Choice
+from scaling.analysis.studies.factors import additive
+from scaling.analysis.studies.laws import ALTERNATIVE_DRAWS, Laws
 
 PRODUCT = ("n_total", "batch_size", "items_per_user")
 """Factors whose product the paper's compute is: the cap, not the realised mean."""
