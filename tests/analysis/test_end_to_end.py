@@ -49,7 +49,7 @@ CROSSED = """
 [grid]
 model = ["clue-4m", "clue-15m", "clue-60m", "clue-160m"]
 batch_size = [32, 256, 2048]
-items_per_user = [8, 64, 512]
+items_per_user = [4, 64, 512]
 data_fraction = [0.004, 0.04, 0.4]
 """
 ALIASED = """
