@@ -304,21 +304,21 @@ def summary(rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> list[dict
 
 
 def main() -> None:
-    global MAX_RUNS
+    global MAX_RUNS, NOISES
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="three worlds, few studies")
     parser.add_argument("--studies", type=int, default=16, help="of methods that see losses")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--max-runs", type=int, default=MAX_RUNS, help="240: no limit")
-    parser.add_argument("--max-runs", type=int, default=MAX_RUNS, help="240: no limit")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     MAX_RUNS = args.max_runs
+    NOISES = 60 if args.quick else NOISES
     worlds = [WORLDS[0], WORLDS[3], WORLDS[4]] if args.quick else WORLDS
     rows = []
     for world in worlds:
         for name in args.methods:
-            studies = 2 if args.quick and name == "active" else args.studies
+            studies = 2 if args.quick else args.studies
             rows.append(judge(world, name, NOISES // 2 if name == "random" else studies))
             if not args.json:
                 show(rows[-1])

@@ -502,9 +502,7 @@ def test_a_fit_says_which_rows_it_used(tmp_path: Path) -> None:
         "finite, 1 where loss is null, 1 where loss is not positive and finite"
     )
     assert said[1].startswith("CONVERGED, ")
-    assert (
-        "lower, upper: 95 %, 20 bootstrap draws of clusters, 5 independent units (row)" in said
-    )
+    assert "lower, upper: 95 %, 20 bootstrap draws of clusters, 5 independent units (row)" in said
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,11 @@ def audit(
     form: FormOption = None,
     as_json: Json = False,
 ) -> None:
-    """Say what a planned sweep can and cannot identify, before anything is run.
+    """Say what a planned sweep can and cannot identify.
 
-    From the plan and an assumed law: rank and condition of the design, what goes together in it,
-    the standard error to expect of every exponent, and the cheapest runs found that would mend what
-    it cannot tell. Works for nominal corpora.
+    Before anything is run, from the plan and an assumed law: rank and condition of the design, what
+    goes together in it, the standard error to expect of every exponent, and the cheapest runs found
+    that would mend what it cannot tell. Works for nominal corpora.
 
     \b
     Example:
@@ -129,7 +129,7 @@ def next_runs(
     form: FormOption = None,
     as_json: Json = False,
 ) -> None:
-    """Propose the next runs of a sweep: those that tell most for a budget.
+    """Propose the next runs of a sweep for a budget.
 
     Candidates are the values that the sweep declares, crossed, and those between them. Chosen are
     the runs from which, with the finished ones, all exponents come out best, and the optimum at ten

@@ -188,6 +188,9 @@ def test_repetition_is_a_factor_where_the_form_has_it() -> None:
     assert plain_error is not None
     assert factors["users_seen"].standard_error is not None
     assert factors["users_seen"].standard_error > plain_error  # one more parameter
+    assert "repeats" not in factors  # it has no exponent of its own
+    assert any(m.startswith("r_star = 50, the worth of repetition") for m in found.missing)
+    assert not any("as good as a new one" in m for m in found.missing)
 
 
 @pytest.mark.parametrize(

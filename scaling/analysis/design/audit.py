@@ -168,8 +168,9 @@ def audit(
         form = default_form(plan, factors)
     else:
         form = Form.parse(form)
-        factors = tuple(dict.fromkeys((*form.columns, *(f for f in factors if f in plan))))
-    check(plan, factors)
+        first = [f.columns[0] for term in form.terms for f in term.factors]
+        factors = tuple(dict.fromkeys((*first, *(f for f in factors if f in plan))))
+    check(plan, factors if form is None else (*factors, *form.columns))
     belief = believe(form, plan, assumption) if form else None
     state = Information.of(belief, plan, noise) if belief else None
     logs = log_columns(plan, [*factors, *SHADOWS, COMPUTE])
@@ -189,7 +190,7 @@ def audit(
         condition=plain(state.condition) if state else None,
         unidentified=state.unidentified if state else (),
         relations=tuple(_relations(factors, logs, plan)),
-        missing=tuple(_missing(plan, same)),
+        missing=(*_missing(plan, same, form), *(_repetition(state) if state else ())),
         factors=verdicts,
     )
 
@@ -305,7 +306,18 @@ def _relations(factors: Sequence[str], logs: Mapping[str, Array], plan: pd.DataF
     return said
 
 
-def _missing(plan: pd.DataFrame, same: Sequence[str]) -> list[str]:
+def _repetition(state: Information) -> list[str]:
+    """What the design tells of r_star, where it is less than a factor of three."""
+    out = []
+    errors = state.standard_errors(state.jacobian)
+    for name, at, error in zip(state.belief.surface.names, state.belief.mean, errors, strict=True):
+        if name.startswith("r_star") and 1.96 * error > np.log(3):
+            how = f"within a factor of {np.exp(1.96 * error):.3g}" if error < 10 else "not at all"
+            out.append(f"{name} = {np.exp(at):.3g}, the worth of repetition, would be known {how}")
+    return out
+
+
+def _missing(plan: pd.DataFrame, same: Sequence[str], form: Form | None) -> list[str]:
     """What a design of good practice has and this one lacks."""
     out = []
     if "seed" in plan:
@@ -321,7 +333,7 @@ def _missing(plan: pd.DataFrame, same: Sequence[str]) -> list[str]:
             f"{', '.join(mixed)} differ between runs and are no factor: a law over all of them "
             "mixes their effects"
         )
-    if "repeats" in plan and plan["repeats"].max() > 0:
+    if "repeats" in plan and plan["repeats"].max() > 0 and not (form and "repeats" in form.columns):
         once = int((plan["repeats"] == 0).sum())
         out.append(
             f"{len(plan) - once} of {len(plan)} runs meet users again (up to "

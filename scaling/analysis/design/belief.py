@@ -74,6 +74,8 @@ class Assumption:
 
 SPREAD_EXPONENT, SPREAD_FLOOR, SPREAD_R_STAR, SPREAD_LEVEL = 0.5, 0.4, 0.7, 0.3
 """Standard deviations over the draws of ln exponent, ln E, ln r_star and ln of the whole law."""
+LEAST_FLOOR, LEAST_EXPONENT, LEAST_SHARE = 0.01, 0.02, 1e-3
+"""A law that stood on a bound is not taken at its word: E, exponents and shares start here."""
 CONCENTRATION = 2.0
 """Of the Dirichlet distribution of the terms' shares, per term."""
 
@@ -204,7 +206,8 @@ def update(belief: Belief, runs: pd.DataFrame, noise: float, y: str = "loss") ->
 
     Minimises ``sum(((ln fit - ln y) / noise)^2) + (theta - mean)' precision (theta - mean)`` by a
     damped Gauss-Newton method. The prior keeps what few runs cannot tell, where ``fit_law`` would
-    stand on a bound.
+    stand on a bound. Losses are first brought to the law's own unit: their mean to what the mean
+    law gives at these runs; ``SPREAD_LEVEL`` leaves room for the rest.
 
     Args:
         runs: rows with the columns of the form and ``y``.
@@ -271,7 +274,7 @@ def log_jacobian(surface: Surface, theta: Array, x: Mapping[str, Array]) -> Arra
 def _least(surface: Surface) -> Array:
     """Lower bounds, a little above zero for an exponent: a law that falls."""
     exponent = np.array([n.startswith("exponent") for n in surface.names])
-    return np.where(exponent, 0.02, surface.lower)
+    return np.where(exponent, LEAST_EXPONENT, surface.lower)
 
 
 def _labels(surface: Surface) -> list[str]:
@@ -298,7 +301,7 @@ def _draw(surface: Surface, given: Assumption, n: int, rng: np.random.Generator)
     middle = _shares(labels, given)
     shares = rng.dirichlet(CONCENTRATION * len(labels) * middle, n)
     spread = rng.normal(size=(n, len(surface.slots)))
-    floor = given.floor_share * np.exp(SPREAD_FLOOR * spread[:, 0])
+    floor = max(given.floor_share, LEAST_FLOOR) * np.exp(SPREAD_FLOOR * spread[:, 0])
     floor = np.minimum(floor, (1 + given.floor_share) / 2) if surface.form.floor else 0 * floor
     level = np.exp(SPREAD_LEVEL * rng.normal(size=n))
     theta = np.empty((n, surface.n_free))
@@ -320,7 +323,7 @@ def _draw(surface: Surface, given: Assumption, n: int, rng: np.random.Generator)
 def _median(surface: Surface, given: Assumption) -> Array:
     """``[P]`` the assumed law itself."""
     shares = _shares(_labels(surface), given)
-    floor = given.floor_share if surface.form.floor else 0.0
+    floor = max(given.floor_share, LEAST_FLOOR) if surface.form.floor else 0.0
     theta = np.empty(surface.n_free)
     for slot, place in zip(surface.slots, surface.place, strict=True):
         kind = _kind(slot, surface.form)
@@ -337,7 +340,7 @@ def _median(surface: Surface, given: Assumption) -> Array:
 
 def _exponent(slot: Slot, surface: Surface, given: Assumption) -> float:
     column = surface.form.terms[slot.term].factors[slot.factor].columns[0]
-    return given.exponents.get(column, given.exponent)
+    return max(given.exponents.get(column, given.exponent), 2 * LEAST_EXPONENT)
 
 
 def _shares(labels: Sequence[str], given: Assumption) -> Array:
@@ -345,4 +348,4 @@ def _shares(labels: Sequence[str], given: Assumption) -> Array:
     rest = np.isnan(named)
     if rest.any():
         named[rest] = 1 / len(labels) if rest.all() else np.nanmean(named)
-    return np.asarray(np.maximum(named, 1e-3) / np.maximum(named, 1e-3).sum())
+    return np.asarray(np.maximum(named, LEAST_SHARE) / np.maximum(named, LEAST_SHARE).sum())

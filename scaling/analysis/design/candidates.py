@@ -28,6 +28,8 @@ FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)
 WIDEN = 32
 """A wide setting reaches so many times below its smallest and above its largest declared value."""
 MOST = 4_000
+"""Of more candidates than this, every second value of the longest list is left out, its ends
+kept."""
 DEFAULTS = {"items_per_user": 128, "data_fraction": 1.0}
 
 
@@ -57,7 +59,7 @@ def candidates(
         wide: one of ``CROSSED`` that also goes beyond its declared values, up to ``WIDEN`` times.
 
     Raises:
-        DesignError: there are more than ``MOST``, or none.
+        DesignError: there is none.
     """
     by_key = {
         "model": _models(grid, card, wide == "model"),
@@ -68,9 +70,9 @@ def candidates(
         "data_fraction": _fractions(_numbers(grid, "data_fraction"), wide == "data_fraction"),
     }
     by_key |= {key: [value] for key, value in _usual(grid, columns).items()}
-    size = int(np.prod([len(v) for v in by_key.values()]))
-    if size > MOST:
-        raise DesignError(f"{grid.name}: {size} candidates, more than {MOST}; declare fewer values")
+    while int(np.prod([len(v) for v in by_key.values()])) > MOST:
+        longest = max(by_key, key=lambda key: len(by_key[key]))
+        by_key[longest] = [*by_key[longest][:-1:2], by_key[longest][-1]]
     named = {key for key in CROSSED if key in grid.grid or key in grid.base}
     named |= {key for row in grid.zip.rows for key in row}
     out, seen = [], set[tuple[Any, ...]]()

@@ -212,7 +212,8 @@ def _fit(
     theta_draws, missed, rechecked, lower = refit(
         drawn, [theta, *optima], draws, targets, scattered[: STARTS_SCORED // 8]
     )
-    if fractional:
+    inside = np.abs(problem.fitted(theta[None])[0] - problem.target)[weight > 0] <= problem.delta
+    if resampling != "residuals" and not frontier and inside.mean() > 0.5:
         covariance = sandwich(problem, theta, weight, by)
         theta_draws = calibrated(theta_draws, theta, covariance, int(by.max()) + 1, surface)
     return LawFit(

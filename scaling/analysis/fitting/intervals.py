@@ -23,8 +23,7 @@ DRAW_TOLERANCE, DRAW_ITERATIONS = 1e-5, 400
 only to be small beside the spread of the draws. Where the knee is small beside the residuals many
 draws need hundreds of iterations; a draw that is done costs nothing more."""
 FEW_CLUSTERS = 40
-"""Below so many clusters draws give them fractional weights, in place of counts, and are stretched
-to the covariance of the jackknife."""
+"""Below so many clusters draws give them fractional weights, in place of counts."""
 RECHECKED = 0.02
 """Share of the draws that are minimised once more from fresh starts."""
 SINGULAR = 1e-13
@@ -40,9 +39,9 @@ class Bootstrap:
     """How the draws were made.
 
     Attributes:
-        resampling: what was drawn: weights of whole clusters; of single rows; signs of the
-            residuals of whole clusters (wild bootstrap), or where every row is a cluster residuals
-            themselves.
+        resampling: what was drawn: whole clusters, or single rows (``fractional_weights`` where
+            they are few); signs of the residuals of whole clusters (wild bootstrap), or where every
+            row is a cluster residuals themselves.
         cluster: column of the clusters; None where every row is one.
         n_clusters: independent units.
         drawn, failed: draws asked for; those with too few distinct points to fit.
@@ -77,7 +76,8 @@ def fractional_weights(codes: npt.NDArray[np.intp], n: int, rng: np.random.Gener
     Fractional random weights (Xu et al. 2020, The American Statistician 74:345): from a Dirichlet
     distribution with the means and covariances of ``resampled_weights``, but no cluster is ever
     left out, so that a draw holds every parameter that the data holds. With few clusters some
-    draws of whole clusters hold it hardly at all and make the interval too wide.
+    draws of whole clusters hold it hardly at all and make the interval too wide. Their tail is
+    heavier than that of counts, which are the better where clusters are many.
     """
     n_clusters = int(codes.max()) + 1
     share = max(1, n_clusters - 1) / n_clusters
@@ -182,12 +182,12 @@ def calibrated(
 ) -> Array:
     """``[B, P]`` draws, stretched about the optimum to the spread of the jackknife covariance.
 
-    The draws have the shape of the distribution, but their spread is too small for least squares
-    where rows have leverage, and too large for Huber losses with a small knee. One factor for all
-    directions makes the upper quartile of their Mahalanobis distance that of a normal distribution
-    with the covariance, less the degrees of freedom that ``tail`` adds. It is kept within
-    ``STRETCH``, and draws stay as they are where the covariance says nothing: at a bound, or where
-    a cluster alone decides.
+    The draws have the shape of the distribution, but of least squares their spread is too small
+    where rows have leverage. One factor for all directions makes the upper quartile of their
+    Mahalanobis distance that of a normal distribution with the covariance, less the degrees of
+    freedom that ``tail`` adds. It is kept within ``STRETCH``, and draws stay as they are where the
+    covariance says less than they do: at a bound, where a cluster alone decides, and where most
+    residuals are beyond the knee, so that it rests on an estimated density.
 
     Args:
         draws, theta: ``[B, P]`` and ``[P]``.
