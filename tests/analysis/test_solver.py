@@ -1,9 +1,11 @@
 """The minimiser: optima against scipy, weights, chunks, bounds. Derivatives: test_recovery."""
 
 import numpy as np
+import pandas as pd
 import pytest
-from scipy.optimize import minimize
+from scipy.optimize import linprog, minimize
 
+from scaling.analysis import FitStatus, Objective, fit_power_law
 from scaling.analysis.fitting.forms import Form
 from scaling.analysis.fitting.solver import Problem, minimise
 from scaling.analysis.fitting.starts import best, scatter
@@ -123,3 +125,25 @@ def test_a_start_where_the_law_has_no_value_is_left_where_it_is() -> None:
     found = minimise(p, np.stack([below, good]))
     assert np.isinf(found.objective[0])
     assert found.objective[1] < 0.1
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("n", [6, 7, 30])
+def test_least_absolute_deviations_are_those_of_the_linear_program(seed: int, n: int) -> None:
+    """Without a floor ln y is linear in the parameters, and the optimum a corner of a polytope."""
+    rng = np.random.default_rng(seed)
+    x = np.exp(rng.uniform(0, 5, n))
+    y = 3 * x**-0.2 * np.exp(rng.standard_t(2, n) * 0.02)
+    fit = fit_power_law(
+        pd.DataFrame({"x": x, "y": y}), x="x", y="y", objective=Objective("lad"), n_boot=0
+    )
+    assert fit.status in (FitStatus.CONVERGED, FitStatus.FEW_AGREE), fit.message
+    design = np.column_stack([np.ones(n), -np.log(x)])
+    above = np.hstack([design, -np.eye(n)])
+    below = np.hstack([-design, -np.eye(n)])
+    program = linprog(
+        np.r_[0, 0, np.ones(n)], np.vstack([above, below]), np.r_[np.log(y), -np.log(y)],
+        bounds=[(None, None)] * 2 + [(0, None)] * n,
+    )  # fmt: skip
+    assert fit.certificate.objective == pytest.approx(program.fun, rel=1e-3)
+    assert fit.params["exponent"] == pytest.approx(program.x[1], rel=5e-3)

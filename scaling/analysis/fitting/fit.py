@@ -30,7 +30,7 @@ from scaling.analysis.fitting.law import LawFit
 from scaling.analysis.fitting.objective import LAD_DRAW_KNEE, Objective
 from scaling.analysis.fitting.parameters import Constraints
 from scaling.analysis.fitting.rows import check_enough, check_varies, distinct, usable_rows
-from scaling.analysis.fitting.solver import GRADIENT_TOLERANCE, Minima, Problem, minimise
+from scaling.analysis.fitting.solver import GRADIENT_TOLERANCE, Minima, Problem, minimise, settle
 from scaling.analysis.fitting.starts import best, scatter
 from scaling.analysis.fitting.status import Certificate, FitError, FitStatus
 from scaling.analysis.fitting.surface import Surface
@@ -199,7 +199,7 @@ def _fit(
         spread = float(np.median(np.abs(residuals - problem.target)[weight > 0])) or 1e-12
         problem = problem.with_knee(objective.knee(spread))
     starts = best(problem, scattered, STARTS_POLISHED, weight)
-    minima = minimise(problem, starts, weight)
+    minima = settle(problem, minimise(problem, starts, weight), weight)
     theta, certificate, optima = _best(minima, problem, objective, weight)
     status, message = _judge(minima, starts, certificate, surface)
 

@@ -20,7 +20,7 @@ from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.objective import Objective
 from scaling.analysis.fitting.parameters import COEFFICIENT, FLOOR, Constraints
 from scaling.analysis.fitting.prose import equation
-from scaling.analysis.fitting.solver import Problem, minimise
+from scaling.analysis.fitting.solver import Problem, minimise, settle
 from scaling.analysis.fitting.status import Certificate, FitError, FitStatus
 from scaling.analysis.fitting.surface import Surface
 
@@ -267,7 +267,7 @@ class LawFit:
         rows = []
         for choice in choices:
             problem = self.problem.with_knee(choice.knee(spread))
-            found = minimise(problem, starts, self.weights)
+            found = settle(problem, minimise(problem, starts, self.weights), self.weights)
             i = int(np.argmin(found.objective))
             name = choice.loss if choice.loss != "huber" else f"huber {choice.delta:.3g}"
             params = self.surface.public(found.theta[[i]]).iloc[0]

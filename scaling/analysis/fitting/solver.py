@@ -24,6 +24,10 @@ GRADIENT_TOLERANCE = 1e-7
 RESIDUAL_ROUNDING = 1e-8
 """Residuals below this (times the largest target above 1) are rounding: they do not count against
 the certificate."""
+SHARPENINGS = 8
+"""Whole Newton steps of ``settle``, at most."""
+KNEES = 12
+"""Steps in which ``settle`` narrows the knee."""
 CHUNK = 4_000_000
 """Numbers in the largest temporary array, so that memory stays small at any number of draws."""
 
@@ -176,6 +180,70 @@ def minimise(
     )
 
 
+def settle(problem: Problem, found: Minima, weights: Array) -> Minima:
+    """Minimise again what ended without a certificate.
+
+    First by whole Newton steps that only have to lower the gradient: near an optimum the objective
+    no longer changes in the digits it has. What is still open is minimised under a knee that
+    shrinks to the problem's: where the knee is small beside the residuals, the objective is a
+    polygon whose optimum goes through some of the points, and from afar steps jump from edge to
+    edge; under a wider knee it is round, and each optimum is close to the next.
+
+    Args:
+        weights: ``[rows]``.
+    """
+    found = _sharpened(problem, found, weights)
+    left = _open(found)
+    if not len(left) or np.isinf(problem.delta):
+        return found
+    residuals = problem.fitted(found.theta[left]) - problem.target
+    widest = float(np.median(np.abs(residuals[:, weights > 0])))
+    theta = found.theta[left]
+    for knee in np.geomspace(max(widest, 2 * problem.delta), 2 * problem.delta, KNEES):
+        theta = minimise(problem.with_knee(float(knee)), theta, weights).theta
+    again = _sharpened(problem, minimise(problem, theta, weights), weights)
+    better = (again.objective <= found.objective[left]) & (again.gradient < found.gradient[left])
+    return _replaced(found, left[better], again, np.flatnonzero(better))
+
+
+def _open(found: Minima) -> npt.NDArray[np.intp]:
+    return np.flatnonzero((found.gradient > GRADIENT_TOLERANCE) & np.isfinite(found.objective))
+
+
+def _replaced(
+    found: Minima, ends: npt.NDArray[np.intp], by: Minima, some: npt.NDArray[np.intp]
+) -> Minima:
+    """``found`` with its rows ``ends`` taken from the rows ``some`` of another."""
+    columns = ("theta", "objective", "gradient", "at_bound", "exhausted")
+    new = {name: getattr(found, name).copy() for name in columns}
+    for name in columns:
+        new[name][ends] = getattr(by, name)[some]
+    return Minima(**new)
+
+
+def _sharpened(problem: Problem, found: Minima, weights: Array) -> Minima:
+    lower, upper = problem.surface.lower, problem.surface.upper
+    for _ in range(SHARPENINGS):
+        left = _open(found)
+        if not len(left):
+            break
+        theta = found.theta[left]
+        _, gradient, _, _, exact = problem.derivatives(theta, weights)
+        stuck = ((theta <= lower) & (gradient > 0)) | ((theta >= upper) & (gradient < 0))
+        free = ~stuck
+        eye = np.eye(theta.shape[1])
+        system = np.where(free[:, :, None] & free[:, None, :], exact, eye)
+        trial = np.clip(theta + _solve(system, -np.where(stuck, 0.0, gradient)), lower, upper)
+        again = minimise(problem, trial, weights, max_iterations=0)
+        better = (again.gradient < found.gradient[left]) & (
+            again.objective <= found.objective[left] * (1 + 1e-12)
+        )
+        if not better.any():
+            break
+        found = _replaced(found, left[better], again, np.flatnonzero(better))
+    return found
+
+
 def _minimise(
     problem: Problem,
     starts: Array,
@@ -228,7 +296,7 @@ def _minimise(
         theta[todo] = best
         damping[todo] = np.where(moved, np.maximum(damping[todo] / 6, 1e-14), damping[todo] * 5)
     exhausted = np.zeros(n, dtype=bool)
-    exhausted[todo] = True
+    exhausted[todo] = max_iterations > 0
     theta = problem.surface.ordered(theta)
     finite = np.isfinite(objective)
     if finite.any():
