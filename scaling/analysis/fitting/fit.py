@@ -36,7 +36,8 @@ from scaling.analysis.fitting.status import Certificate, FitError, FitStatus
 from scaling.analysis.fitting.surface import Surface
 
 STARTS_SCORED = 4_000
-STARTS_POLISHED = 24
+STARTS_POLISHED, POLISH_ITERATIONS = 24, 100
+"""Starts minimised to the end, and their iterations; the best of what is open then is settled."""
 SAME_OPTIMUM = 1e-6
 """Two optima are one when their objectives agree to this relative difference."""
 RIVAL_OPTIMUM = 0.1
@@ -199,7 +200,8 @@ def _fit(
         spread = float(np.median(np.abs(residuals - problem.target)[weight > 0])) or 1e-12
         problem = problem.with_knee(objective.knee(spread))
     starts = best(problem, scattered, STARTS_POLISHED, weight)
-    minima = settle(problem, minimise(problem, starts, weight), weight)
+    polished = minimise(problem, starts, weight, max_iterations=POLISH_ITERATIONS)
+    minima = settle(problem, polished, weight)
     theta, certificate, optima = _best(minima, problem, objective, weight)
     status, message = _judge(minima, starts, certificate, surface)
 

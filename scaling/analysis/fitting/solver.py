@@ -26,8 +26,10 @@ RESIDUAL_ROUNDING = 1e-8
 the certificate."""
 SHARPENINGS = 8
 """Whole Newton steps of ``settle``, at most."""
-KNEES = 12
-"""Steps in which ``settle`` narrows the knee."""
+KNEES, KNEE_ITERATIONS = 10, 60
+"""Steps in which ``settle`` narrows the knee, and the iterations of each."""
+NEAR, SETTLED = 1e-2, 4
+"""``settle`` takes ends at most this much above the lowest objective, and so many of them."""
 CHUNK = 4_000_000
 """Numbers in the largest temporary array, so that memory stays small at any number of draws."""
 
@@ -200,14 +202,18 @@ def settle(problem: Problem, found: Minima, weights: Array) -> Minima:
     widest = float(np.median(np.abs(residuals[:, weights > 0])))
     theta = found.theta[left]
     for knee in np.geomspace(max(widest, 2 * problem.delta), 2 * problem.delta, KNEES):
-        theta = minimise(problem.with_knee(float(knee)), theta, weights).theta
+        wider = problem.with_knee(float(knee))
+        theta = minimise(wider, theta, weights, max_iterations=KNEE_ITERATIONS).theta
     again = _sharpened(problem, minimise(problem, theta, weights), weights)
     better = (again.objective <= found.objective[left]) & (again.gradient < found.gradient[left])
     return _replaced(found, left[better], again, np.flatnonzero(better))
 
 
 def _open(found: Minima) -> npt.NDArray[np.intp]:
-    return np.flatnonzero((found.gradient > GRADIENT_TOLERANCE) & np.isfinite(found.objective))
+    """Ends without a certificate that may still become the best, at most ``SETTLED``."""
+    near = found.objective <= found.objective.min() * (1 + NEAR)
+    left = np.flatnonzero((found.gradient > GRADIENT_TOLERANCE) & near)
+    return left[np.argsort(found.objective[left], kind="stable")[:SETTLED]]
 
 
 def _replaced(
