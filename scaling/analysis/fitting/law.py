@@ -16,7 +16,7 @@ from scipy.stats import t as student
 
 from scaling.analysis.fitting import profiles
 from scaling.analysis.fitting.forms import Form
-from scaling.analysis.fitting.intervals import Bootstrap, sandwich, tail
+from scaling.analysis.fitting.intervals import Bootstrap, check_level, sandwich, tail
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.objective import Objective
 from scaling.analysis.fitting.parameters import COEFFICIENT, FLOOR, Constraints
@@ -114,7 +114,7 @@ class LawFit:
         Raises:
             FitError: the fit was made without bootstrap draws, or ``level`` or ``method`` is none.
         """
-        _check_level(level)
+        check_level(level)
         if method not in INTERVALS:
             raise FitError(f"method is one of {', '.join(INTERVALS)}, not {method!r}")
         if method == "delta":
@@ -194,7 +194,7 @@ class LawFit:
         values = self._arrays(points)
         out = points.assign(y=self.surface.values(self.theta[None], values)[0])
         if level is not None:
-            _check_level(level)
+            check_level(level)
         if level is not None and len(self.theta_draws):
             share = tail(level, self.n_clusters, self.surface.n_free)
             band = self.surface.values(self.theta_draws, values)
@@ -357,8 +357,3 @@ class LawFit:
         table = self.summary().to_html(float_format=lambda v: f"{v:.6g}")
         law, message = escape(self.equation()), escape(self.message)
         return f"<p><b>{law}</b><br>{self.status}: {message}</p>{table}"
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise FitError(f"level is between 0 and 1, such as 0.95, not {level:g}")
