@@ -161,7 +161,7 @@ def _analyse(
         path = write_study(fits, out)
         show(1, 1, "study")
     with _stage(console, "draw") as show:
-        figures = draw(tables, fits, out / "figures")
+        figures = sorted(draw(tables, fits, out / "figures"))
         show(len(figures), len(figures), "files")
     write_json(
         stamp,

@@ -684,3 +684,14 @@ def test_a_narrow_terminal_hides_columns_and_folds_nothing(
     whole = {word for line in plain for word in line.split()}
     body = [line.split() for line in shown.splitlines() if any(r["run_key"] in line for r in rows)]
     assert {word for line in body for word in line} <= whole
+
+
+def test_an_option_of_fit_that_would_do_nothing_is_refused(tmp_path: Path) -> None:
+    said = refused("fit", tmp_path, "--form", "E + n", "--loss", "mse")
+    assert "--form, --loss would do nothing" in said
+    (tmp_path / "t.csv").write_text("n,loss\n1,2\n")
+    table = tmp_path / "t.csv"
+    assert "--x" in refused("fit", table, "--form", "E + n", "--x", "n")
+    assert "form ''" in refused("fit", table, "--form", "")
+    twice = ("--fix", "exponent=1", "--fix", "exponent=2")
+    assert "exponent is given twice" in refused("fit", table, "--form", "E + n", *twice)

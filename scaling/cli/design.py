@@ -196,7 +196,10 @@ def _assumed(
         form = form or own
     if floor is not None:
         given = replace(given, floor_share=floor, source=f"{given.source}; given: E {floor:.0%}")
-    return given.with_exponents(fixed_values(exponents, "--exponent")), form
+    assumed = fixed_values(exponents, "--exponent")
+    if unknown := [name for name in assumed if name not in plan]:
+        raise ClueError(f"--exponent {unknown[0]}: the plan has no such column")
+    return given.with_exponents(assumed), form
 
 
 def _finished(results: Path, grid: "Grid", card: "CorpusCard") -> "pd.DataFrame":

@@ -18,9 +18,13 @@ Table = Annotated[
     typer.Argument(help="Sweep file, folder of its tables, or a Parquet, CSV or JSONL table."),
 ]
 
+OF_A_SWEEP = ("table", "results", "n_boot", "seed", "as_json")
+"""Parameters of the verb that mean something where the laws of a sweep are fitted."""
+
 
 @app.command()
 def fit(
+    context: typer.Context,
     table: Table,
     results: Results = RESULTS,
     form: Annotated[
@@ -63,7 +67,7 @@ def fit(
     """Fit the laws of a sweep, or one law to a table.
 
     A sweep's fits go to fits.json beside its tables; of the options above it takes --n-boot and
-    --seed. The language of --form is in docs/guide.md.
+    --seed. The language of --form is in docs/fitting.md.
 
     \b
     Example:
@@ -74,9 +78,12 @@ def fit(
     if table.suffix in TABLES:
         from scaling.analysis import Objective, fit_law
 
+        if form is not None and _given(context, "x"):
+            raise ClueError("--x names the column of a power law; --form has its own columns")
+        df = read_table(table)
         try:
             law = fit_law(
-                read_table(table), form or f"`{x}`", y=y,
+                df, f"`{x}`" if form is None else form, y=y,
                 objective=Objective(loss, delta, scale, overestimate),  # type: ignore[arg-type]
                 weights=weights, fixed=fixed_values(fix or ()), bounds=bounded(bound or ()),
                 tied=groups(tie or ()), cluster=None if cluster == "none" else cluster,
@@ -89,6 +96,12 @@ def fit(
         else:
             _print_law(law)
         return
+    if unused := [p for p in context.params if p not in OF_A_SWEEP and _given(context, p)]:
+        raise ClueError(
+            f"{table} is no table ({', '.join(TABLES)}), so the laws of a sweep are fitted, and "
+            f"{', '.join('--' + p.replace('_', '-') for p in unused)} would do nothing; to fit one "
+            "law, name a table, such as runs.parquet of the sweep's results"
+        )
     from scaling.analysis.studies.report import study, write_study
 
     folder = tables_folder(table, results)
@@ -99,6 +112,11 @@ def fit(
         return
     _print_study(fits)
     typer.echo(path)
+
+
+def _given(context: typer.Context, parameter: str) -> bool:
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _print_law(law: Mapping[str, Any]) -> None:

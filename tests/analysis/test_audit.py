@@ -305,6 +305,9 @@ def test_the_verb_says_it_to_people_and_programs(tmp_path: Path) -> None:
     assert found["noise"] == 0.02
     by = {f["factor"]: f for f in found["factors"]}
     assert by["users_seen"]["exponent"] == 0.2
+    unknown = CliRunner().invoke(app, [*call, "--exponent", "userseen=0.2"])
+    assert unknown.exit_code == 2
+    assert "--exponent userseen: the plan has no such column" in unknown.stderr
     wrong = CliRunner().invoke(app, [*call, "--law", str(tmp_path / "none.json")])
     assert wrong.exit_code == 2
     assert "none.json" in wrong.output

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scaling.analysis import FitError, FitStatus, FormError, Identification, fit_law
+from scaling.analysis import FitError, FitStatus, FormError, Identification, Objective, fit_law
 from scaling.analysis.fitting.verdicts import variance_inflation
 
 TRUTH = {"n_total": (2e4, 0.3), "batch_size": (8.0, 0.5), "items_per_user": (2.0, 0.8)}
@@ -122,3 +122,69 @@ def test_variance_inflation_is_that_of_the_regressions() -> None:
 def test_laws_that_cannot_be_fitted(form: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fit_law(grid().assign(constant=7.0), form, y="loss", n_boot=0)
+
+
+def test_with_every_parameter_held_there_is_nothing_to_fit() -> None:
+    held = {"coefficient": 2.0, "exponent": 0.3}
+    with pytest.raises(FitError, match="every parameter is held"):
+        fit_law(grid(), "n_total", y="loss", fixed=held, n_boot=0)
+
+
+def test_a_table_that_cannot_be_meant_is_refused() -> None:
+    with pytest.raises(FitError, match="'loss' is what the law gives"):
+        fit_law(grid(), "E + loss", y="loss", n_boot=0)
+    twice = pd.concat([grid(), grid()[["n_total"]]], axis=1)
+    with pytest.raises(FitError, match="more than one column 'n_total'"):
+        fit_law(twice, "E + n_total", y="loss", n_boot=0)
+    for unit in (1e-200, 1e200):
+        with pytest.raises(FitError, match="loss reaches"):
+            fit_law(grid().assign(loss=lambda t, u=unit: u * t["loss"]), LAW, y="loss", n_boot=0)
+    with pytest.raises(FitError, match="0 or more, not -1"):
+        fit_law(grid(), "E + n_total", y="loss", n_boot=-1)
+
+
+@pytest.mark.parametrize(
+    ("units", "draws", "reason"),
+    [(1, 50, "units: 1, for 7"), (7, 50, "units: 7"), (36, 5, "5 boo")],
+)
+def test_what_gives_no_interval_identifies_nothing(units: int, draws: int, reason: str) -> None:
+    runs = grid(noise=1e-3)
+    runs["unit"] = np.arange(len(runs)) % units
+    fit = fit_law(runs, LAW, y="loss", cluster="unit", n_boot=draws)
+    assert fit.status is FitStatus.CONVERGED
+    assert any(reason in said for said in fit.floor().reasons)
+    assert fit.identified()["reasons"].str.contains(reason).all()
+
+
+def test_a_negative_floor_is_judged_by_its_size() -> None:
+    runs = grid(noise=1e-3).assign(accuracy=lambda t: -3 - t["loss"])
+    fit = fit_law(
+        runs, "E - n_total - batch_size - items_per_user", y="accuracy",
+        objective=Objective("mse", scale="raw"), n_boot=50,
+    )  # fmt: skip
+    assert fit.params["irreducible"] == pytest.approx(-4, abs=0.1)
+    assert fit.floor().identified, fit.floor().reasons
+
+
+def test_predictions_that_cannot_be_made_are_refused_in_words() -> None:
+    fit = fit_law(grid(noise=1e-3), "E + n_total", y="loss", n_boot=20)
+    with pytest.raises(FitError, match="level is between 0 and 1"):
+        fit.predict([1e5], level=95)
+    with pytest.raises(FitError, match="level is between 0 and 1"):
+        fit.ci(level=95)
+    with pytest.raises(FitError, match="percentile, delta, profile, not 'bca'"):
+        fit.ci(method="bca")  # type: ignore[arg-type]
+    with pytest.raises(FitError, match="no numbers"):
+        fit.predict({"n_total": ["large"]})
+    with pytest.raises(FitError, match="same length"):
+        fit.predict({"n_total": [1e5, 1e6], "other": [1.0]})
+    assert len(fit.predict({"n_total": []})) == 0
+    at_zero = fit.predict([0.0, 1e5])
+    assert at_zero["y"].iloc[0] == np.inf
+    assert at_zero[["lower", "upper"]].iloc[1].notna().all()
+
+
+def test_a_column_is_no_markup_in_a_notebook() -> None:
+    fit = fit_law(grid().rename(columns={"n_total": "<i>"}), "E + `<i>`", y="loss", n_boot=0)
+    assert "<i>" not in fit._repr_html_()
+    assert "&lt;i&gt;" in fit._repr_html_()

@@ -236,6 +236,7 @@ def test_the_verb_reads_any_table(tmp_path: Path, ending: str) -> None:
         (["--form", "x +", "--by", "x"], "x +"),
         (["--form", "x", "--by", "x", "--rule", "what"], "rule 'what' is neither"),
         (["--form", "x", "--by", "x", "--loss", "l2"], "l2"),
+        (["--form", "x", "--by", "x", "--level", "1"], "level is between 0 and 1"),
         (["--form", "x", "--by", "x", "--cluster", "run"], "no column 'run' to name the run"),
     ],
 )

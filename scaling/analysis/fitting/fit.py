@@ -29,7 +29,13 @@ from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.law import LawFit
 from scaling.analysis.fitting.objective import LAD_DRAW_KNEE, Objective
 from scaling.analysis.fitting.parameters import Constraints
-from scaling.analysis.fitting.rows import check_enough, check_varies, distinct, usable_rows
+from scaling.analysis.fitting.rows import (
+    check_enough,
+    check_unit,
+    check_varies,
+    distinct,
+    usable_rows,
+)
 from scaling.analysis.fitting.solver import GRADIENT_TOLERANCE, Minima, Problem, minimise, settle
 from scaling.analysis.fitting.starts import best, scatter
 from scaling.analysis.fitting.status import Certificate, FitError, FitStatus
@@ -151,11 +157,14 @@ def _fit(
 ) -> LawFit:
     if resampling not in RESAMPLINGS:
         raise FitError(f"bootstrap is one of {', '.join(RESAMPLINGS)}, not {resampling!r}")
+    if n_boot < 0 or seed < 0:
+        raise FitError(f"n_boot and seed are 0 or more, not {n_boot} and {seed}")
     if cluster == "auto":
         cluster = RUN if RUN in df else None
     rows, dropped = usable_rows(df, form, y, objective, weights, cluster)
     columns = {c: rows[c].to_numpy(dtype=np.float64) for c in form.columns}
     values = rows[y].to_numpy(dtype=np.float64)
+    check_unit(y, values)
     codes = np.arange(len(rows)) if cluster is None else pd.factorize(rows[cluster].to_numpy())[0]
     own = np.ones(len(rows)) if weights is None else rows[weights].to_numpy(dtype=np.float64)
     rng = np.random.default_rng(seed)

@@ -13,6 +13,7 @@ from scipy.stats import chi2, norm, t
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.solver import Minima, Problem, minimise
 from scaling.analysis.fitting.starts import best
+from scaling.analysis.fitting.status import FitError
 from scaling.analysis.fitting.surface import Surface
 
 Resampling = Literal["clusters", "rows", "residuals"]
@@ -204,6 +205,14 @@ def calibrated(
     factor = np.sqrt(chi2.ppf(0.75, p) * freedom / middle) if middle > 0 else 1.0
     return np.asarray(np.clip(theta + np.clip(factor, *STRETCH) * away, surface.lower,
                               surface.upper))  # fmt: skip
+
+
+def check_level(level: float) -> None:
+    """Raises:
+    FitError: the level of an interval is not between 0 and 1.
+    """
+    if not 0 < level < 1:
+        raise FitError(f"level is between 0 and 1, such as 0.95, not {level:g}")
 
 
 def tail(level: float, n_clusters: int, n_free: int) -> float:

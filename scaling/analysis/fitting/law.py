@@ -6,7 +6,8 @@ What may be concluded from it is in ``verdicts``.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from html import escape
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,12 @@ from scipy.stats import t as student
 
 from scaling.analysis.fitting import profiles
 from scaling.analysis.fitting.forms import Form
-from scaling.analysis.fitting.intervals import Bootstrap, sandwich, tail
+from scaling.analysis.fitting.intervals import Bootstrap, check_level, sandwich, tail
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.objective import Objective
 from scaling.analysis.fitting.parameters import COEFFICIENT, FLOOR, Constraints
 from scaling.analysis.fitting.prose import equation
+from scaling.analysis.fitting.rows import numbers
 from scaling.analysis.fitting.solver import Problem, minimise, settle
 from scaling.analysis.fitting.status import Certificate, FitError, FitStatus
 from scaling.analysis.fitting.surface import Surface
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from scaling.analysis.fitting.verdicts import Identification, Verdict
 
 Interval = Literal["percentile", "delta", "profile"]
+INTERVALS: tuple[Interval, ...] = get_args(Interval)
 DELTAS = (1e-4, 1e-3, 1e-2)
 """Knees of the table of sensitivity, in units of ln y; on raw y times 100 median residuals."""
 
@@ -109,8 +112,11 @@ class LawFit:
                 fitted themselves (not coefficients and scales).
 
         Raises:
-            FitError: the fit was made without bootstrap draws.
+            FitError: the fit was made without bootstrap draws, or ``level`` or ``method`` is none.
         """
+        check_level(level)
+        if method not in INTERVALS:
+            raise FitError(f"method is one of {', '.join(INTERVALS)}, not {method!r}")
         if method == "delta":
             half = self.standard_errors() * self._quantile(level)
             return pd.DataFrame(
@@ -179,14 +185,28 @@ class LawFit:
 
         Args:
             x: table or mapping of columns; plain numbers where the law has one column.
+
+        Raises:
+            FitError: a column is missing or holds no numbers, columns differ in length, or the
+                level is not between 0 and 1.
         """
         points = self._points(x)
         values = self._arrays(points)
         out = points.assign(y=self.surface.values(self.theta[None], values)[0])
+        if level is not None:
+            check_level(level)
         if level is not None and len(self.theta_draws):
             share = tail(level, self.n_clusters, self.surface.n_free)
             band = self.surface.values(self.theta_draws, values)
-            out["lower"], out["upper"] = np.nanquantile(band, [share, 1 - share], axis=0)
+            ends = [np.full(len(points), np.nan), np.full(len(points), np.nan)]
+            known = np.isfinite(band).any(
+                axis=0
+            )  # nowhere at a size of 0, where a power has no end
+            if known.any():
+                ends[0][known], ends[1][known] = np.nanquantile(
+                    band[:, known], [share, 1 - share], axis=0
+                )
+            out["lower"], out["upper"] = ends
         outside = np.zeros(len(points), dtype=bool)
         for name, (low, high) in self.ranges().items():
             outside |= (values[name] < low * (1 - 1e-12)) | (values[name] > high * (1 + 1e-12))
@@ -230,13 +250,13 @@ class LawFit:
 
     def _points(self, x: Any) -> pd.DataFrame:
         if isinstance(x, pd.DataFrame | Mapping):
-            table = (
-                pd.DataFrame(x)
-                if isinstance(x, pd.DataFrame)
-                else pd.DataFrame(
-                    dict(x), index=None if any(np.ndim(v) for v in x.values()) else [0]
+            scalars = isinstance(x, Mapping) and not any(np.ndim(v) for v in x.values())
+            try:
+                table = pd.DataFrame(
+                    dict(x) if isinstance(x, Mapping) else x, index=[0] if scalars else None
                 )
-            )
+            except ValueError as e:
+                raise FitError(f"no table of points to predict at: {e}") from None
         elif len(self.factors) == 1:
             table = pd.DataFrame({self.factors[0]: np.atleast_1d(np.asarray(x, dtype=np.float64))})
         else:
@@ -246,7 +266,7 @@ class LawFit:
         missing = [c for c in self.factors if c not in table]
         if missing:
             raise FitError(f"no column {', '.join(missing)} to predict from")
-        return table[list(self.factors)].astype(np.float64)
+        return pd.DataFrame({c: numbers(table[c]) for c in self.factors}, index=table.index)
 
     def _arrays(self, points: pd.DataFrame) -> dict[str, Array]:
         return {c: points[c].to_numpy(dtype=np.float64) for c in self.factors}
@@ -335,4 +355,5 @@ class LawFit:
 
     def _repr_html_(self) -> str:
         table = self.summary().to_html(float_format=lambda v: f"{v:.6g}")
-        return f"<p><b>{self.equation()}</b><br>{self.status}: {self.message}</p>{table}"
+        law, message = escape(self.equation()), escape(self.message)
+        return f"<p><b>{law}</b><br>{self.status}: {message}</p>{table}"

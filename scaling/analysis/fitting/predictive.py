@@ -20,6 +20,7 @@ import pandas as pd
 from scipy.stats import norm
 from scipy.stats import t as student
 
+from scaling.analysis.fitting.intervals import check_level
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.law import LawFit
 from scaling.analysis.fitting.status import FitError
@@ -49,10 +50,11 @@ def predictive_interval(
         As ``LawFit.predict``: the form's columns, ``y``, ``lower``, ``upper``, ``extrapolated``.
 
     Raises:
-        FitError: the fit has no bootstrap draws.
+        FitError: the fit has no bootstrap draws, or the level is not between 0 and 1.
     """
     if not len(fit.theta_draws):
         raise FitError(f"no interval for {fit.y}: the fit has no bootstrap draws (n_boot = 0)")
+    check_level(level)
     noise, codes = scaled_residuals(fit)
     rng = np.random.default_rng(seed)
     repeats = -(-SAMPLES // len(fit.theta_draws))

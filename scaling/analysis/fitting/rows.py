@@ -20,6 +20,8 @@ _USABLE: dict[str, tuple[str, Callable[[Array], npt.NDArray[np.bool_]]]] = {
     "above": ("is infinite", np.isfinite),
 }
 """What a value must be in each role of a column."""
+UNITS = (1e-100, 1e100)
+"""The largest |y| lies between these, so that products of three of them are numbers."""
 
 
 def usable_rows(
@@ -35,6 +37,8 @@ def usable_rows(
     Raises:
         FitError: a column is missing, or holds something else than numbers.
     """
+    if y in form.columns:
+        raise FitError(f"{y!r} is what the law gives; it cannot be a column of the form {form} too")
     needed = [*form.columns, y, *([weights] if weights else []), *([cluster] if cluster else [])]
     missing = [c for c in needed if c not in df]
     if missing:
@@ -43,6 +47,8 @@ def usable_rows(
             f"the table has no column {', '.join(map(repr, missing))}{hint}; "
             f"its columns: {', '.join(map(str, df.columns))}"
         )
+    if twice := [c for c in dict.fromkeys(needed) if list(df.columns).count(c) > 1]:
+        raise FitError(f"the table has more than one column {', '.join(map(repr, twice))}")
     roles = [
         (column, role)
         for term in form.terms
@@ -94,6 +100,14 @@ def numbers(column: "pd.Series[Any]") -> Array:
     return values
 
 
+def check_unit(y: str, values: Array) -> None:
+    largest = float(np.abs(values).max(initial=0.0))
+    if largest and not UNITS[0] < largest < UNITS[1]:
+        raise FitError(
+            f"{y} reaches {largest:.3g}: its squares leave the range of numbers; scale it"
+        )
+
+
 def check_varies(columns: Mapping[str, Array], dropped: Mapping[str, int]) -> None:
     for name, x in columns.items():
         if len(x) > 1 and np.ptp(x) == 0:
@@ -103,6 +117,8 @@ def check_varies(columns: Mapping[str, Array], dropped: Mapping[str, int]) -> No
 
 
 def check_enough(columns: Mapping[str, Array], n_free: int, dropped: Mapping[str, int]) -> None:
+    if not n_free:
+        raise FitError("every parameter is held: nothing is left to fit")
     points = int(distinct(columns, np.ones((1, len(next(iter(columns.values()))))))[0])
     if points <= n_free:
         raise FitError(

@@ -23,6 +23,9 @@ FLOOR_MIN_SHARE = 0.01
 """A floor counts as identified only if its 95 % interval lies above this share of the lowest y"""
 FLOOR_MAX_WIDTH = 1.0
 """and is not wider than this, relative to the floor itself."""
+MIN_DRAWS = 20
+"""Bootstrap draws below which there is no 95 % interval: their range would be narrow by being few.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,10 @@ IDENTIFICATION = Identification()
 def floor(fit: "LawFit") -> Verdict:
     """Whether the data identifies the floor E.
 
-    It must lie, with its interval, above ``FLOOR_MIN_SHARE`` of the lowest y; the interval must not
-    be wider than ``FLOOR_MAX_WIDTH`` times E; and the law with E = 0 must fit significantly worse
-    (the profile statistic at 0 above its 95 % quantile).
+    It must lie, with its interval, above ``FLOOR_MIN_SHARE`` of the lowest y (in magnitude: on the
+    raw scale both may be negative); the interval must not be wider than ``FLOOR_MAX_WIDTH`` times
+    E; and the law with E = 0 must fit significantly worse (the profile statistic at 0 above its
+    95 % quantile).
     """
     if not fit.irreducible:
         return Verdict(False, ("the law has no floor",))
@@ -71,7 +75,8 @@ def floor(fit: "LawFit") -> Verdict:
     used = fit.weights > 0
     y = fit.problem.target[used]
     lowest = float((np.exp(y) if fit.problem.log_scale else y).min())
-    if value < FLOOR_MIN_SHARE * lowest:
+    nothing = FLOOR_MIN_SHARE * abs(lowest)
+    if abs(value) < nothing:
         reasons.append(f"E = {value:.3g} is next to nothing beside the lowest y, {lowest:.4g}")
     elif FLOOR in fit.profiled and fit.surface.lower[fit.surface.names.index(FLOOR)] == 0:
         statistic = float(profiles.at_bound(fit, FLOOR, 0.0))
@@ -81,18 +86,33 @@ def floor(fit: "LawFit") -> Verdict:
                 f"a law without floor fits nearly as well (statistic {statistic:.3g}, needed "
                 f"{limit:.3g})"
             )
-    if fit.draws.empty:
-        reasons.append("no bootstrap")
+    if too_few := _no_interval(fit):
+        reasons.append(too_few)
     else:
         interval = fit.ci()
         low, high = (float(interval[end][FLOOR]) for end in ("lower", "upper"))
-        if low < FLOOR_MIN_SHARE * lowest:
-            reasons.append(f"the 95 % interval of E reaches down to {low:.3g}")
-        if high - low > FLOOR_MAX_WIDTH * value:
+        if low < nothing and high > -nothing:
+            end = f"down to {low:.3g}" if value > 0 else f"up to {high:.3g}"
+            reasons.append(f"the 95 % interval of E reaches {end}")
+        if high - low > FLOOR_MAX_WIDTH * abs(value):
             reasons.append(f"the 95 % interval of E, {low:.3g} to {high:.3g}, is wider than E")
     if fit.status is not FitStatus.CONVERGED:
         reasons.append(f"status {fit.status}")
     return Verdict(not reasons, tuple(reasons))
+
+
+def _no_interval(fit: "LawFit") -> str:
+    """Why the draws give no 95 % interval; empty where they do."""
+    if fit.draws.empty:
+        return "no bootstrap"
+    if fit.n_clusters <= fit.surface.n_free:  # no degree of freedom is left to expand it by
+        return (
+            f"independent units: {fit.n_clusters}, for {fit.surface.n_free} parameters; "
+            "an interval needs more"
+        )
+    if len(fit.draws) < MIN_DRAWS:
+        return f"{len(fit.draws)} bootstrap draws; an interval needs {MIN_DRAWS}"
+    return ""
 
 
 def exponents(fit: "LawFit", rule: Identification) -> pd.DataFrame:
@@ -104,6 +124,7 @@ def exponents(fit: "LawFit", rule: Identification) -> pd.DataFrame:
     logs = np.log(np.stack([positive[c] for c in names], axis=1)) if names else np.empty((0, 0))
     inflation = dict(zip(names, variance_inflation(logs), strict=True)) if names else {}
     intervals = None if fit.draws.empty else fit.ci()
+    too_few = _no_interval(fit)
     rows = []
     for slot, place in zip(fit.surface.slots, fit.surface.place, strict=True):
         if slot.name.partition(".")[0] != "exponent":
@@ -130,7 +151,7 @@ def exponents(fit: "LawFit", rule: Identification) -> pd.DataFrame:
             f"moves with the other factors (variance inflation {moved:.3g})": (
                 moved > rule.max_inflation
             ),
-            "no bootstrap": intervals is None,
+            too_few: bool(too_few),
             f"the 95 % interval [{low:.3g}, {high:.3g}] does not exclude zero": (
                 low < rule.min_exponent and not high < -rule.min_exponent
             ),
