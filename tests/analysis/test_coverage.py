@@ -123,21 +123,20 @@ def test_calibrated_draws_have_the_spread_of_the_covariance() -> None:
     covariance = np.diag([4e-4, 1e-4])
     shape = np.linalg.cholesky(covariance)
     draws = fit.theta + 0.9 * rng.normal(size=(20_000, 2)) @ shape.T
-    got = calibrated(draws, fit.theta, covariance, 20, fit.surface)
-    # 18 of 20 degrees of freedom are left; the tail of the interval adds the rest back
-    np.testing.assert_allclose(np.cov(got.T), 0.9 * covariance, rtol=0.05, atol=1e-5)
+    got = calibrated(draws, fit.theta, covariance, fit.surface)
+    np.testing.assert_allclose(np.cov(got.T), covariance, rtol=0.05, atol=1e-5)
     far = fit.theta + 5 * (draws - fit.theta)  # stretched back, but not by more than the limit
     expected = np.clip(
         fit.theta + STRETCH[0] * (far - fit.theta), fit.surface.lower, fit.surface.upper
     )  # fmt: skip
     np.testing.assert_allclose(
-        calibrated(far, fit.theta, covariance, 20, fit.surface), expected, rtol=1e-12
+        calibrated(far, fit.theta, covariance, fit.surface), expected, rtol=1e-12
     )
     infinite = np.full((2, 2), np.inf)
-    assert calibrated(draws, fit.theta, infinite, 20, fit.surface) is draws
+    assert calibrated(draws, fit.theta, infinite, fit.surface) is draws
     bound = fit.theta.copy()
     bound[1] = fit.surface.lower[1]
-    assert calibrated(draws, bound, covariance, 20, fit.surface) is draws
+    assert calibrated(draws, bound, covariance, fit.surface) is draws
 
 
 @pytest.mark.parametrize(("loss", "stretched"), [("huber", False), ("lad", False), ("mse", True)])

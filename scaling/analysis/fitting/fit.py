@@ -226,7 +226,7 @@ def _fit(
     inside = np.abs(problem.fitted(theta[None])[0] - problem.target)[weight > 0] <= problem.delta
     if resampling != "residuals" and not frontier and inside.mean() > 0.5:
         covariance = sandwich(problem, theta, weight, by)
-        theta_draws = calibrated(theta_draws, theta, covariance, int(by.max()) + 1, surface)
+        theta_draws = calibrated(theta_draws, theta, covariance, surface)
     return LawFit(
         form=form,
         y=y,

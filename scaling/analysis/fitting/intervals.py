@@ -178,17 +178,15 @@ def _fresh(
     return theta[np.arange(n), lowest], objective[np.arange(n), lowest]
 
 
-def calibrated(
-    draws: Array, theta: Array, covariance: Array, n_clusters: int, surface: Surface
-) -> Array:
+def calibrated(draws: Array, theta: Array, covariance: Array, surface: Surface) -> Array:
     """``[B, P]`` draws, stretched about the optimum to the spread of the jackknife covariance.
 
     The draws have the shape of the distribution, but of least squares their spread is too small
     where rows have leverage. One factor for all directions makes the upper quartile of their
-    Mahalanobis distance that of a normal distribution with the covariance, less the degrees of
-    freedom that ``tail`` adds. It is kept within ``STRETCH``, and draws stay as they are where the
-    covariance says less than they do: at a bound, where a cluster alone decides, and where most
-    residuals are beyond the knee, so that it rests on an estimated density.
+    Mahalanobis distance that of a normal distribution with the covariance. It is kept within
+    ``STRETCH``, and draws stay as they are where the covariance says less than they do: at a bound,
+    where a cluster alone decides, and where most residuals are beyond the knee, so that it rests on
+    an estimated density.
 
     Args:
         draws, theta: ``[B, P]`` and ``[P]``.
@@ -201,8 +199,7 @@ def calibrated(
     away = draws - theta
     squared = np.einsum("bi,ij,bj->b", away, np.linalg.pinv(covariance, hermitian=True), away)
     middle = float(np.quantile(squared, 0.75))
-    freedom = max(1, n_clusters - p) / n_clusters
-    factor = np.sqrt(chi2.ppf(0.75, p) * freedom / middle) if middle > 0 else 1.0
+    factor = np.sqrt(chi2.ppf(0.75, p) / middle) if middle > 0 else 1.0
     return np.asarray(np.clip(theta + np.clip(factor, *STRETCH) * away, surface.lower,
                               surface.upper))  # fmt: skip
 
@@ -218,13 +215,12 @@ def check_level(level: float) -> None:
 def tail(level: float, n_clusters: int, n_free: int) -> float:
     """Share of the draws below a percentile interval of nominal ``level``.
 
-    The plain percentile interval is too narrow for few clusters; this is the expanded one of
-    Hesterberg (2015, section 4.3), with the degrees of freedom of a regression: the normal
-    quantile gives way to Student's, widened by sqrt(n / (n - P)).
+    The plain percentile interval is too narrow for few clusters; here, as in the expanded one of
+    Hesterberg (2015, section 4.3), the normal quantile gives way to Student's, with the degrees of
+    freedom of a regression. It is not widened by sqrt(n / (n - P)) as well: draws of least squares
+    are calibrated, and those of a loss with a knee are wide enough.
     """
-    freedom = max(1, n_clusters - n_free)
-    quantile = t.ppf((1 - level) / 2, freedom) * np.sqrt(n_clusters / freedom)
-    return float(norm.cdf(quantile))
+    return float(norm.cdf(t.ppf((1 - level) / 2, max(1, n_clusters - n_free))))
 
 
 def bread(problem: Problem, theta: Array, weights: Array) -> Array:
