@@ -240,7 +240,7 @@ def test_a_rising_loss_is_a_bound_hit() -> None:
 
 
 def test_an_optimum_that_equals_its_start_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lazy(problem, starts, weights=None, *_):
+    def lazy(problem, starts, weights=None, *_, **__):
         n = len(starts)
         return Minima(
             starts, problem.objective(starts, weights), np.zeros(n),
