@@ -1,4 +1,4 @@
-"""Intervals hold the truth as often as they say: a small part of benchmarks/coverage.py, and what
+"""Intervals hold the truth as often as they say: a part of benchmarks/interval_coverage.py, and what
 the draws and the covariance behind them are."""
 
 import importlib.util
@@ -27,7 +27,7 @@ SQUARES = Objective("mse")
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "coverage.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "interval_coverage.py"
     spec = importlib.util.spec_from_file_location("benchmark_coverage", path)
     assert spec is not None
     assert spec.loader is not None

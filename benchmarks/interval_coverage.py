@@ -12,8 +12,8 @@ In clustered worlds all points of a run share an error and the run's size; point
 one of their own. `spread` noise is seven times larger at one end of the first factor than at the
 other. With 500 simulations a coverage of 95 % is measured to +- 1.9 points (two standard errors).
 
-    python benchmarks/coverage.py --quick
-    python benchmarks/coverage.py --only two-60 clusters-22 --json
+    python benchmarks/interval_coverage.py --quick
+    python benchmarks/interval_coverage.py --only two-60 clusters-22 --json
 """
 
 import argparse
