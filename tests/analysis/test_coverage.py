@@ -1,4 +1,4 @@
-"""Intervals hold the truth as often as they say: a part of benchmarks/interval_coverage.py, and what
+"""Intervals hold the truth as often as they say (part of benchmarks/interval_coverage.py), and what
 the draws and the covariance behind them are."""
 
 import importlib.util
