@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
-from planted import LAWS, table
+from planted_laws import LAWS, table
 
 from scaling.analysis import Form, FormError, Objective, fit_law
 from scaling.analysis.fitting.forms import PARTS, Factor, Term

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import pytest
-from planted import LAWS, Law, table
+from planted_laws import LAWS, Law, table
 from scipy.optimize import least_squares
 
 from scaling.analysis import FitStatus, Form, Objective, fit_law
