@@ -10,8 +10,7 @@ from scaling import ClueError
 from scaling.cli.app import RESULTS, Json, Results, app
 from scaling.cli.studies import load_tables, tables_folder
 from scaling.cli.tables import TABLES, bounded, fixed_values, groups, read_table
-from scaling.cli.terminal import cell, print_table
-from scaling.cli.terminal import print_json as print_as_json
+from scaling.cli.terminal import cell, print_json, print_table
 
 Table = Annotated[
     Path,
@@ -92,7 +91,7 @@ def fit(
         except ClueError as e:
             raise ClueError(f"{table}: {e}") from None
         if as_json:
-            print_as_json(law)
+            print_json(law)
         else:
             _print_law(law)
         return
@@ -108,7 +107,7 @@ def fit(
     fits = study(load_tables(folder), n_boot=n_boot, seed=seed)
     path = write_study(fits, folder)
     if as_json:
-        print_as_json(fits)
+        print_json(fits)
         return
     _print_study(fits)
     typer.echo(path)
@@ -131,17 +130,14 @@ def _print_law(law: Mapping[str, Any]) -> None:
     parameters = []
     for name, estimate in law["params"].items():
         lower, upper = (intervals or {}).get(name, (None, None))
-        verdict = law["identified"].get(name)
+        verdict = law["identified"].get(name, {"identified": None})["identified"]
         parameters.append(
             {
                 "parameter": name, "estimate": estimate, "lower": lower, "upper": upper,
-                "identified": None if verdict is None else verdict["identified"],
+                "identified": law["floor_identified"] if name == "irreducible" else verdict,
             }
         )  # fmt: skip
     shown = ["parameter", "estimate", *(["lower", "upper"] if intervals else []), "identified"]
-    for row in parameters:
-        if row["parameter"] == "irreducible":
-            row["identified"] = law["floor_identified"]
     print_table(parameters, shown)
     if intervals:
         boot = law["bootstrap"]

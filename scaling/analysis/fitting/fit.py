@@ -28,7 +28,7 @@ from scaling.analysis.fitting.intervals import (
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.law import LawFit
 from scaling.analysis.fitting.objective import LAD_DRAW_KNEE, Objective
-from scaling.analysis.fitting.parameters import Constraints
+from scaling.analysis.fitting.parameters import FREE, Constraints
 from scaling.analysis.fitting.rows import (
     check_enough,
     check_unit,
@@ -46,8 +46,6 @@ STARTS_POLISHED, POLISH_ITERATIONS = 24, 100
 """Starts minimised to the end, and their iterations; the best of what is open then is settled."""
 SAME_OPTIMUM = 1e-6
 """Two optima are one when their objectives agree to this relative difference."""
-RIVAL_OPTIMUM = 0.1
-"""Bootstrap draws also start from optima whose objective is at most this much above the best."""
 RUN = "run_key"
 """Column that tells which rows are of one run, where a table has it."""
 
@@ -136,7 +134,7 @@ def fit_power_law(
     """
     form = Form.parse(f"E + `{x}`" if irreducible else f"`{x}`")
     return _fit(
-        df, form, y, objective or Objective(), weights, Constraints({}, {}), "clusters", n_boot,
+        df, form, y, objective or Objective(), weights, FREE, "clusters", n_boot,
         cluster, seed, frontier=frontier,
     )  # fmt: skip
 
@@ -199,12 +197,11 @@ def _fit(
         surface, surface.transform(columns), objective.target(values),
         objective.scale == "log", objective.knee(), objective.overestimate,
     )  # fmt: skip
-    scattered = scatter(problem.with_knee(np.inf), STARTS_SCORED, rng)
+    scattered = scatter(problem, STARTS_SCORED, rng)
     spread = 0.0
     if objective.loss == "lad":
-        squares = minimise(
-            problem.with_knee(np.inf), best(problem.with_knee(np.inf), scattered, 4, weight), weight
-        )
+        round_problem = problem.with_knee(np.inf)
+        squares = minimise(round_problem, best(round_problem, scattered, 4, weight), weight)
         residuals = problem.fitted(squares.theta[[np.argmin(squares.objective)]])[0]
         spread = float(np.median(np.abs(residuals - problem.target)[weight > 0])) or 1e-12
         problem = problem.with_knee(objective.knee(spread))
@@ -223,10 +220,11 @@ def _fit(
     theta_draws, missed, rechecked, lower = refit(
         drawn, [theta, *optima], draws, targets, scattered[: STARTS_SCORED // 8]
     )
-    inside = np.abs(problem.fitted(theta[None])[0] - problem.target)[weight > 0] <= problem.delta
-    if resampling != "residuals" and not frontier and inside.mean() > 0.5:
-        covariance = sandwich(problem, theta, weight, by)
-        theta_draws = calibrated(theta_draws, theta, covariance, surface)
+    if len(theta_draws) and resampling != "residuals" and not frontier:
+        away = np.abs(problem.fitted(theta[None])[0] - problem.target)[weight > 0]
+        if (away <= problem.delta).mean() > 0.5:
+            covariance = sandwich(problem, theta, weight, by)
+            theta_draws = calibrated(theta_draws, theta, covariance, surface)
     return LawFit(
         form=form,
         y=y,

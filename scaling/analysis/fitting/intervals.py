@@ -194,7 +194,7 @@ def calibrated(draws: Array, theta: Array, covariance: Array, surface: Surface) 
     """
     p = len(theta)
     inside = np.all((surface.lower < theta) & (theta < surface.upper))
-    if not len(draws) or not inside or not np.isfinite(covariance).all():
+    if not inside or not np.isfinite(covariance).all():
         return draws
     away = draws - theta
     squared = np.einsum("bi,ij,bj->b", away, np.linalg.pinv(covariance, hermitian=True), away)

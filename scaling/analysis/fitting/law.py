@@ -136,9 +136,13 @@ class LawFit:
             {"estimate": self.params, "lower": bounds.iloc[0], "upper": bounds.iloc[1]}
         )
 
+    @cached_property
+    def _covariance(self) -> Array:
+        return sandwich(self.problem, self.theta, self.weights, self.codes)
+
     def covariance(self) -> Array:
         """``[P, P]`` cluster-robust covariance of theta (``intervals.sandwich``)."""
-        return sandwich(self.problem, self.theta, self.weights, self.codes)
+        return self._covariance.copy()
 
     def standard_errors(self) -> "pd.Series[float]":
         """Of the public parameters by the delta method."""
@@ -199,9 +203,7 @@ class LawFit:
             share = tail(level, self.n_clusters, self.surface.n_free)
             band = self.surface.values(self.theta_draws, values)
             ends = [np.full(len(points), np.nan), np.full(len(points), np.nan)]
-            known = np.isfinite(band).any(
-                axis=0
-            )  # nowhere at a size of 0, where a power has no end
+            known = np.isfinite(band).any(axis=0)  # not at a size of 0, where a power has no end
             if known.any():
                 ends[0][known], ends[1][known] = np.nanquantile(
                     band[:, known], [share, 1 - share], axis=0

@@ -6,8 +6,8 @@ symmetric and the same everywhere, and as nothing else. Three corrections matter
 Residuals of a fit are smaller than the noise that made them; they are scaled up by cluster as
 (I - H)^-1/2, H being the cluster's block of the hat matrix (Bell and McCaffrey 2002, Survey
 Methodology 28(2), section 2; for clusters of one row the HC2 of MacKinnon and White 1985). Few
-residuals seldom reach the tails; each is drawn with either sign. And as for the law's own interval
-(``intervals.tail``), the spread of the draws is widened by sqrt(n / (n - P)), and the normal
+residuals seldom reach the tails; each is drawn with either sign. And the spread of the draws is
+widened by sqrt(n / (n - P)), and, as for the law's own interval (``intervals.tail``), the normal
 quantile gives way to Student's with n - P degrees of freedom, n being the clusters.
 """
 

@@ -14,7 +14,7 @@ from scipy.stats import f as f_distribution
 
 from scaling.analysis.fitting.intervals import bread
 from scaling.analysis.fitting.jets import Array
-from scaling.analysis.fitting.solver import Problem, minimise
+from scaling.analysis.fitting.solver import minimise
 from scaling.analysis.fitting.status import FitError
 
 if TYPE_CHECKING:
@@ -77,31 +77,23 @@ def at_bound(fit: "LawFit", name: str, value: float) -> float:
     return _statistic(fit, _index(fit, name), value)
 
 
-def held(
-    problem: Problem, theta: Array, weights: Array, index: int, values: Array
-) -> tuple[Array, Array]:
-    """Lowest objective with ``theta[index]`` held at each of ``values``.
-
-    Returns:
-        ``[V]`` objectives and ``[V, P]`` where they are reached.
-    """
-    surface = problem.surface
-    best_objective = np.empty(len(values))
-    reached = np.empty((len(values), len(theta)))
+def held(fit: "LawFit", index: int, values: Array) -> Array:
+    """``[V]`` lowest objective with ``theta[index]`` held at each of ``values``."""
+    problem, theta, surface = fit.problem, fit.theta, fit.surface
+    lowest = np.empty(len(values))
     middle = int(np.argmin(np.abs(values - theta[index])))
     for order in (range(middle, len(values)), range(middle - 1, -1, -1)):
-        now = theta.copy()
+        now = theta
         for i in order:
             lower, upper = surface.lower.copy(), surface.upper.copy()
             lower[index] = upper[index] = values[i]
             pinned = replace(problem, surface=replace(surface, lower=lower, upper=upper))
             starts = np.stack([now, theta])
             starts[:, index] = values[i]
-            found = minimise(pinned, starts, weights)
+            found = minimise(pinned, starts, fit.weights)
             k = int(np.argmin(found.objective))
-            now = found.theta[k]
-            best_objective[i], reached[i] = found.objective[k], now
-    return best_objective, reached
+            now, lowest[i] = found.theta[k], found.objective[k]
+    return lowest
 
 
 def _public(fit: "LawFit", name: str, index: int, value: float) -> float:
@@ -123,7 +115,7 @@ def _statistic(fit: "LawFit", i: int, value: float) -> float:
 
 
 def _statistics(fit: "LawFit", i: int, values: Array) -> pd.DataFrame:
-    objective, _ = held(fit.problem, fit.theta, fit.weights, i, values)
+    objective = held(fit, i, values)
     base = float(fit.problem.objective(fit.theta[None], fit.weights)[0])
     curvature = np.linalg.pinv(bread(fit.problem, fit.theta, fit.weights))[i, i]
     scale = fit.covariance()[i, i] / curvature
