@@ -6,16 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner, Result
+from written_tables import write_tables
 
 from scaling.cli import app
 from scaling.data.prepare import read_card
-from scaling.files import write_json
 from scaling.flops import mean_items
-from scaling.results import SCHEMAS
 from scaling.sweeps import Grid
 
 ROOT = Path(__file__).parents[2]
@@ -60,13 +57,7 @@ def write_results(sweep: Path, folder: Path, noise: float) -> None:
     rows["run_key"] = [f"run{i}" for i in range(len(rows))]
     rows["status"], rows["pool_digest"], rows["corpus_digest"] = "done", "p", "c"
     rows.loc[len(rows) - 1, ["status", "loss"]] = ["diverged", np.nan]
-    folder.mkdir(parents=True)
-    records = rows.astype(object).where(rows.notna(), None).to_dict("records")
-    for name, schema in SCHEMAS.items():
-        found = records if name == "runs" else []
-        known = [{c.name: row.get(c.name) for c in schema} for row in found]
-        pq.write_table(pa.Table.from_pylist(known, schema), folder / f"{name}.parquet")
-    write_json(folder / "collect.json", {"sweep": "planted"})
+    write_tables(rows, folder)
 
 
 def call(study: Path, *words: object) -> Result:

@@ -11,17 +11,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
+from written_tables import write_tables
 
 from scaling.analysis import Objective, fit_law
 from scaling.cli import app
 from scaling.data.prepare import read_card
-from scaling.files import write_json
 from scaling.flops import mean_items
-from scaling.results import SCHEMAS
 from scaling.sweeps import Grid
 
 pytestmark = pytest.mark.slow
@@ -80,16 +77,6 @@ def outcomes(sweep: Path, seed: int) -> pd.DataFrame:
     rows["run_key"] = [f"{sweep.stem}-{i}" for i in range(len(rows))]
     rows["status"], rows["pool_digest"], rows["corpus_digest"] = "done", "p", "c"
     return rows
-
-
-def write_tables(rows: pd.DataFrame, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    records = rows.astype(object).where(rows.notna(), None).to_dict("records")
-    for name, schema in SCHEMAS.items():
-        found = records if name == "runs" else []
-        known = [{c.name: row.get(c.name) for c in schema} for row in found]
-        pq.write_table(pa.Table.from_pylist(known, schema), folder / f"{name}.parquet")
-    write_json(folder / "collect.json", {"sweep": folder.name})
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pandas as pd
 from scaling import ClueError
 from scaling.analysis.fitting.intervals import resampled_weights
 from scaling.analysis.fitting.intervals import tail as tail_of
+from scaling.analysis.fitting.rows import unit_column
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -215,7 +216,7 @@ def cluster_weights(
     Raises:
         AllocationError: the table has no such column, or it is null somewhere.
     """
-    name = ("run_key" if "run_key" in df else None) if cluster == "auto" else cluster
+    name = unit_column(df, cluster)
     if name is not None and name not in df:
         raise AllocationError(
             f"the table has no column {name!r} to resample; pass cluster=None if every row is a "

@@ -34,6 +34,7 @@ from scaling.analysis.fitting.rows import (
     check_unit,
     check_varies,
     distinct,
+    unit_column,
     usable_rows,
 )
 from scaling.analysis.fitting.solver import GRADIENT_TOLERANCE, Minima, Problem, minimise, settle
@@ -46,8 +47,6 @@ STARTS_POLISHED, POLISH_ITERATIONS = 24, 100
 """Starts minimised to the end, and their iterations; the best of what is open then is settled."""
 SAME_OPTIMUM = 1e-6
 """Two optima are one when their objectives agree to this relative difference."""
-RUN = "run_key"
-"""Column that tells which rows are of one run, where a table has it."""
 
 
 def fit_law(
@@ -157,8 +156,7 @@ def _fit(
         raise FitError(f"bootstrap is one of {', '.join(RESAMPLINGS)}, not {resampling!r}")
     if n_boot < 0 or seed < 0:
         raise FitError(f"n_boot and seed are 0 or more, not {n_boot} and {seed}")
-    if cluster == "auto":
-        cluster = RUN if RUN in df else None
+    cluster = unit_column(df, cluster)
     rows, dropped = usable_rows(df, form, y, objective, weights, cluster)
     columns = {c: rows[c].to_numpy(dtype=np.float64) for c in form.columns}
     values = rows[y].to_numpy(dtype=np.float64)

@@ -20,8 +20,18 @@ _USABLE: dict[str, tuple[str, Callable[[Array], npt.NDArray[np.bool_]]]] = {
     "above": ("is infinite", np.isfinite),
 }
 """What a value must be in each role of a column."""
+RUN = "run_key"
+"""Column that tells which rows are of one run, where a table has it."""
 UNITS = (1e-100, 1e100)
 """The largest |y| lies between these, so that products of three of them are numbers."""
+
+
+def unit_column(df: pd.DataFrame, cluster: str | None) -> str | None:
+    """Column of the independent units, None where every row is one; ``auto`` is ``run_key`` where
+    the table has it, else None."""
+    if cluster == "auto":
+        return RUN if RUN in df else None
+    return cluster
 
 
 def usable_rows(

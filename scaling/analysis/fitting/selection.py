@@ -18,6 +18,7 @@ from scaling.analysis.fitting.fit import fit_law
 from scaling.analysis.fitting.forms import Form
 from scaling.analysis.fitting.law import LawFit
 from scaling.analysis.fitting.record import plain
+from scaling.analysis.fitting.rows import unit_column
 from scaling.analysis.fitting.rule_text import read_rule
 from scaling.analysis.fitting.rules import Rule, RuleError
 from scaling.analysis.fitting.status import FitError
@@ -138,13 +139,12 @@ def run_column(df: pd.DataFrame, cluster: str | None) -> str | None:
     Raises:
         RuleError: the table has no such column.
     """
-    if cluster == "auto":
-        return "run_key" if "run_key" in df else None
-    if cluster is not None and cluster not in df:
+    name = unit_column(df, cluster)
+    if name is not None and name not in df:
         raise RuleError(
-            f"no column {cluster!r} to name the run; the table has {', '.join(map(str, df))}"
+            f"no column {name!r} to name the run; the table has {', '.join(map(str, df))}"
         )
-    return cluster
+    return name
 
 
 def _run_names(df: pd.DataFrame, name: str | None) -> "pd.Series[str]":
