@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 
-from scaling.analysis.allocation.minimise import Axis, minimise
+from scaling.analysis.allocation.minimise import Axis, crossed, minimise
 from scaling.analysis.allocation.space import Space
 from scaling.analysis.allocation.trend import AllocationError, Array, Mask, Trend, trend_of
 from scaling.analysis.fitting.intervals import tail as tail_of
@@ -290,8 +290,7 @@ def _region(law: Law, space: Space, budget: float, highest: float, best: Array) 
     low, high = best.copy(), best.copy()
     for _ in range(2):
         lines = [axis.nodes(REGION_NODES[len(axes)] - 1) for axis in axes]
-        mesh = np.meshgrid(*lines, indexing="ij")
-        at = np.stack([m.ravel() for m in mesh], axis=1) if mesh else np.empty((1, 0))
+        at = crossed(lines)
         quantities, possible = space.spend(at, budget)
         losses = evaluate(law, space.columns(quantities))[0]
         good = possible & (losses <= highest)
