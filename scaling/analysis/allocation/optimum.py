@@ -18,6 +18,7 @@ from scaling.analysis.allocation.space import Space
 from scaling.analysis.allocation.trend import AllocationError, Array, Mask, Trend, trend_of
 from scaling.analysis.fitting.intervals import tail as tail_of
 from scaling.analysis.fitting.law import LawFit
+from scaling.analysis.fitting.record import plain
 
 WITHIN = 0.01
 """Relative excess loss that still counts as optimal."""
@@ -96,14 +97,16 @@ class Allocation:
 
     def to_dict(self) -> dict[str, Any]:
         """As one JSON value."""
-        table = self.summary().astype(object)
         return {
             "budget": self.budget,
             "compute": self.compute,
             "point": {str(k): float(v) for k, v in self.point.items()},
             "draws": len(self.draws),
             "limits": {name: list(pair) for name, pair in self.limits.items()},
-            "quantities": table.where(table.notna(), None).to_dict("index"),
+            "quantities": {
+                str(name): {str(k): plain(v) for k, v in row.items()}
+                for name, row in self.summary().iterrows()
+            },
             "within": self.within,
             "cheapest": self.cheapest,
             "warnings": list(self.warnings),
