@@ -101,10 +101,8 @@ def _print(found: "SweepAllocation", counting: str) -> None:
         f"interval over {len(chosen.draws)} draws, and the region within {chosen.within:.2g} of "
         "its loss:"
     )
-    table: list[dict[str, Any]] = [
-        {"quantity": name, **{str(k): None if v != v else float(v) for k, v in row.items()}}
-        for name, row in chosen.summary().iterrows()
-    ]
+    quantities = chosen.to_dict()["quantities"]
+    table: list[dict[str, Any]] = [{"quantity": k, **row} for k, row in quantities.items()]
     shown = ["quantity", "optimum", "lower", "upper", "region_low", "region_high", "at_limit"]
     print_table(table, shown, drop=("at_limit",))
     typer.echo(f"a budget of {chosen.cheapest:.1%} of this, spent best, reaches the same region")

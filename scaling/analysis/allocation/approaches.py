@@ -14,6 +14,7 @@ from scaling.analysis.allocation.optimum import FRONTIER_DRAWS, Law, evaluate
 from scaling.analysis.allocation.parametric import parametric
 from scaling.analysis.allocation.space import Space
 from scaling.analysis.allocation.trend import Trend, positive_rows
+from scaling.analysis.fitting.record import plain_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,14 +100,13 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """As one JSON value."""
-        apart = self.disagreement().astype(object)
         return {
             "trends": [trend.to_dict() for trend in self.trends],
             "bias": [
                 {"approach": approach, "factor": factor, "bias": value}
                 for (approach, factor), value in self.bias.items()
             ],
-            "disagreement": apart.where(apart.notna(), None).to_dict("records"),
+            "disagreement": plain_rows(self.disagreement()),
         }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from scaling.analysis.allocation.isoflop import IsoFlop
+from scaling.analysis.allocation.minimise import crossed
 from scaling.analysis.allocation.optimum import Allocation, Frontier, Law, evaluate
 from scaling.analysis.allocation.snap import Snapped
 from scaling.analysis.allocation.space import Space
@@ -118,9 +119,7 @@ def flat_region(
             f"{len(axes)}"
         )
     ax = ax or _axes()
-    lines = [axis.nodes(NODES - 1) for axis in axes]
-    mesh = np.meshgrid(*lines, indexing="ij")
-    at = np.stack([m.ravel() for m in mesh], axis=1)
+    at = crossed([axis.nodes(NODES - 1) for axis in axes])
     quantities, possible = space.spend(at, chosen.budget)
     excess = evaluate(law, space.columns(quantities))[0] / float(chosen.point["loss"]) - 1
     near = possible & (excess <= 2 * EXCESS[-1])

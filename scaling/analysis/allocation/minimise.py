@@ -72,8 +72,7 @@ def minimise(value: Value, axes: Sequence[Axis]) -> tuple[Array, Array]:
     if d not in CELLS:
         raise AllocationError(f"{d} free quantities; at most {max(CELLS)} can be chosen at once")
     nodes = [axis.nodes(CELLS[d]) for axis in axes]
-    every = np.stack(np.meshgrid(*map(np.arange, map(len, nodes)), indexing="ij"), axis=-1)
-    index = every.reshape(-1, d)
+    index = crossed([np.arange(len(n)) for n in nodes])
     found = value(_place(index, nodes, 0))
     if np.isnan(found).any():
         raise AllocationError("the law is not a number somewhere within the limits")
@@ -101,6 +100,13 @@ def minimise(value: Value, axes: Sequence[Axis]) -> tuple[Array, Array]:
             index = np.where(moved[:, None], near[np.arange(len(near)), step], index)
             best = np.minimum(best, lowest)
     return _polish(value, _place(index, nodes, LEVELS), best, axes)
+
+
+def crossed(lines: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """``[m, d]`` every combination of d lists of values, the last fastest; one of none."""
+    if not lines:
+        return np.empty((1, 0))
+    return np.stack([mesh.ravel() for mesh in np.meshgrid(*lines, indexing="ij")], axis=1)
 
 
 def _place(index: npt.NDArray[np.intp], nodes: Sequence[Array], level: int) -> Array:

@@ -13,11 +13,12 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 
-from scaling.analysis.allocation.minimise import Axis, minimise
+from scaling.analysis.allocation.minimise import Axis, crossed, minimise
 from scaling.analysis.allocation.space import Space
 from scaling.analysis.allocation.trend import AllocationError, Array, Mask, Trend, trend_of
 from scaling.analysis.fitting.intervals import tail as tail_of
 from scaling.analysis.fitting.law import LawFit
+from scaling.analysis.fitting.record import plain
 
 WITHIN = 0.01
 """Relative excess loss that still counts as optimal."""
@@ -96,14 +97,16 @@ class Allocation:
 
     def to_dict(self) -> dict[str, Any]:
         """As one JSON value."""
-        table = self.summary().astype(object)
         return {
             "budget": self.budget,
             "compute": self.compute,
             "point": {str(k): float(v) for k, v in self.point.items()},
             "draws": len(self.draws),
             "limits": {name: list(pair) for name, pair in self.limits.items()},
-            "quantities": table.where(table.notna(), None).to_dict("index"),
+            "quantities": {
+                str(name): {str(k): plain(v) for k, v in row.items()}
+                for name, row in self.summary().iterrows()
+            },
             "within": self.within,
             "cheapest": self.cheapest,
             "warnings": list(self.warnings),
@@ -290,8 +293,7 @@ def _region(law: Law, space: Space, budget: float, highest: float, best: Array) 
     low, high = best.copy(), best.copy()
     for _ in range(2):
         lines = [axis.nodes(REGION_NODES[len(axes)] - 1) for axis in axes]
-        mesh = np.meshgrid(*lines, indexing="ij")
-        at = np.stack([m.ravel() for m in mesh], axis=1) if mesh else np.empty((1, 0))
+        at = crossed(lines)
         quantities, possible = space.spend(at, budget)
         losses = evaluate(law, space.columns(quantities))[0]
         good = possible & (losses <= highest)

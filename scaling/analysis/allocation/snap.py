@@ -16,6 +16,7 @@ from scaling.analysis.allocation.optimum import Allocation, Law, evaluate
 from scaling.analysis.allocation.shapes import shape_numbers
 from scaling.analysis.allocation.trend import AllocationError, Array
 from scaling.analysis.allocation.workload import Workload
+from scaling.analysis.fitting.record import plain_rows
 from scaling.config import ModelConfig
 from scaling.sweeps import model_name
 
@@ -63,12 +64,12 @@ class Snapped:
             "items_per_user", "items_per_user_mean", "n_users", "users_seen", "repeats", "pf_days",
             "pf_days_exact", "spent", "loss", "excess", "share_within",
         ]  # fmt: skip
-        table = self.table.reindex(columns=columns).head(rows).astype(object)
+        table = self.table.reindex(columns=columns).head(rows)
         return {
             "within": self.within,
             "in_region": len(self.region),
             "listed": len(self.table),
-            "configurations": table.where(table.notna(), None).to_dict("records"),
+            "configurations": plain_rows(table),
         }
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from scaling.analysis.allocation.optimum import WITHIN, Allocation, allocate
+from scaling.analysis.allocation.optimum import DRAWS, WITHIN, Allocation, allocate
 from scaling.analysis.allocation.shapes import between, growing
 from scaling.analysis.allocation.snap import Snapped, snap
 from scaling.analysis.allocation.trend import AllocationError, column
@@ -31,7 +31,6 @@ DEPENDS = {
 REACH = 10.0
 """Quantities and budgets further than this beyond the fitted runs are not trusted: the default
 limits of quantities end there, and a budget beyond is warned of."""
-DRAWS = 400
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,8 +118,8 @@ def allocate_sweep(
     chosen = allocate(law, workload, budget, within=within, draws=n_boot)
     snapped = None
     if user_price is None:
-        step = 64 if max(s.d_model for s in workload.family.shapes) >= 256 else 0
-        width = step or gcd(*(s.d_model for s in workload.family.shapes))
+        widths = [s.d_model for s in workload.family.shapes]
+        width = 64 if max(widths) >= 256 else gcd(*widths)
         snapped = snap(
             chosen, law, workload, between(workload.family.shapes, width_step=width),
             batch_step=batch_step, items_step=items_step, sizes=sizes,

@@ -11,6 +11,7 @@ import pandas as pd
 from scaling import ClueError
 from scaling.analysis.fitting.intervals import resampled_weights
 from scaling.analysis.fitting.intervals import tail as tail_of
+from scaling.analysis.fitting.record import plain_rows
 from scaling.analysis.fitting.rows import unit_column
 
 Array = npt.NDArray[np.float64]
@@ -83,7 +84,6 @@ class Trend:
 
     def to_dict(self) -> dict[str, Any]:
         """As one JSON value."""
-        points = self.points.astype(object).where(self.points.notna(), None)
         interval = self.ci()
         return {
             "approach": self.approach,
@@ -96,7 +96,7 @@ class Trend:
             "draws_failed": self.draws_failed,
             "refused": self.refused,
             "warnings": list(self.warnings),
-            "points": points.to_dict("records"),
+            "points": plain_rows(self.points),
         }
 
     def _enough_draws(self) -> bool:

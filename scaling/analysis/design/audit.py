@@ -7,7 +7,7 @@ practice does.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -209,7 +209,7 @@ def default_form(plan: pd.DataFrame, factors: Sequence[str] = FACTORS) -> Form |
 
 
 def check(plan: pd.DataFrame, columns: Sequence[str]) -> None:
-    """Refuse a plan that lacks columns or has values without a logarithm."""
+    """Refuse a plan that lacks columns."""
     missing = [c for c in columns if c not in plan]
     if missing:
         raise DesignError(
@@ -238,10 +238,10 @@ def judge(
         ),
     )  # fmt: skip
     if values == 1:
-        return _with(basic, "not identifiable", ["the same in every run"])
+        return replace(basic, reasons=("the same in every run",))
     if found is None or state is None:
-        reasons = [f"left out of the law: {values} values over a factor of {span:.3g}"]
-        return _with(basic, "not identifiable", reasons)
+        reason = f"left out of the law: {values} values over a factor of {span:.3g}"
+        return replace(basic, reasons=(reason,))
     exponent, error, error_high = found
     names = [c for c in state.belief.surface.form.columns if c in logs]
     inflations = variance_inflation(np.stack([logs[c] for c in names], axis=1))
@@ -268,17 +268,12 @@ def judge(
     verdict: Verdict = "not identifiable" if wrong else "weak" if weak else "identified"
     seeds = len(plan["seed"].unique()) if "seed" in plan else 1
     needed = np.ceil(seeds * max(1.0, width / rule.max_relative_width) ** 2 - 1e-9)
-    return _with(
-        basic, verdict, [*wrong, *weak], exponent=exponent,
+    return replace(
+        basic, verdict=verdict, reasons=(*wrong, *weak), exponent=exponent,
         inflation=plain(inflation), standard_error=plain(error),
         standard_error_high=plain(error_high),
         seeds=int(needed) if needed <= MOST_SEEDS else None,
     )  # fmt: skip
-
-
-def _with(basic: FactorAudit, verdict: Verdict, reasons: Sequence[str], **more: Any) -> FactorAudit:
-    own = {k: v for k, v in vars(basic).items() if k not in ("verdict", "reasons", *more)}
-    return FactorAudit(**own, verdict=verdict, reasons=tuple(reasons), **more)
 
 
 def distinct(x: Array) -> int:

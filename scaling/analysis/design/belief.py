@@ -277,10 +277,6 @@ def _least(surface: Surface) -> Array:
     return np.where(exponent, LEAST_EXPONENT, surface.lower)
 
 
-def _labels(surface: Surface) -> list[str]:
-    return [term.label for term in surface.form.terms]
-
-
 def _kind(slot: Slot, form: Form) -> str:
     if slot.name == FLOOR:
         return "floor"
@@ -297,14 +293,34 @@ def _kind(slot: Slot, form: Form) -> str:
 
 def _draw(surface: Surface, given: Assumption, n: int, rng: np.random.Generator) -> Array:
     """``[n, P]`` laws around an assumption."""
-    labels = _labels(surface)
-    middle = _shares(labels, given)
-    shares = rng.dirichlet(CONCENTRATION * len(labels) * middle, n)
+    middle = _shares(surface.form, given)
+    shares = rng.dirichlet(CONCENTRATION * len(middle) * middle, n)
     spread = rng.normal(size=(n, len(surface.slots)))
+    level = np.exp(SPREAD_LEVEL * rng.normal(size=n))
+    return np.clip(_laws_at(surface, given, shares, spread, level), _least(surface), surface.upper)
+
+
+def _median(surface: Surface, given: Assumption) -> Array:
+    """``[P]`` the assumed law itself."""
+    spread = np.zeros((1, len(surface.slots)))
+    return np.asarray(
+        _laws_at(surface, given, _shares(surface.form, given)[None], spread, np.ones(1))[0]
+    )
+
+
+def _laws_at(
+    surface: Surface, given: Assumption, shares: Array, spread: Array, level: Array
+) -> Array:
+    """``[n, P]`` laws away from an assumption.
+
+    Args:
+        shares: ``[n, terms]`` of what is above E at the centre.
+        spread: ``[n, slots]`` of every parameter, in its standard deviations.
+        level: ``[n]`` loss at the centre.
+    """
     floor = max(given.floor_share, LEAST_FLOOR) * np.exp(SPREAD_FLOOR * spread[:, 0])
     floor = np.minimum(floor, (1 + given.floor_share) / 2) if surface.form.floor else 0 * floor
-    level = np.exp(SPREAD_LEVEL * rng.normal(size=n))
-    theta = np.empty((n, surface.n_free))
+    theta = np.empty((len(level), surface.n_free))
     for i, (slot, place) in enumerate(zip(surface.slots, surface.place, strict=True)):
         kind = _kind(slot, surface.form)
         if kind == "floor":
@@ -317,24 +333,6 @@ def _draw(surface: Surface, given: Assumption, n: int, rng: np.random.Generator)
         else:
             median = _exponent(slot, surface, given)
             theta[:, place] = median * np.exp(SPREAD_EXPONENT * spread[:, i])
-    return np.clip(theta, _least(surface), surface.upper)
-
-
-def _median(surface: Surface, given: Assumption) -> Array:
-    """``[P]`` the assumed law itself."""
-    shares = _shares(_labels(surface), given)
-    floor = max(given.floor_share, LEAST_FLOOR) if surface.form.floor else 0.0
-    theta = np.empty(surface.n_free)
-    for slot, place in zip(surface.slots, surface.place, strict=True):
-        kind = _kind(slot, surface.form)
-        if kind == "floor":
-            theta[place] = floor
-        elif kind == "share":
-            theta[place] = np.log(shares[slot.term] * (1 - floor))
-        elif kind == "r_star":
-            theta[place] = np.log(given.r_star)
-        else:
-            theta[place] = _exponent(slot, surface, given)
     return theta
 
 
@@ -343,7 +341,8 @@ def _exponent(slot: Slot, surface: Surface, given: Assumption) -> float:
     return max(given.exponents.get(column, given.exponent), 2 * LEAST_EXPONENT)
 
 
-def _shares(labels: Sequence[str], given: Assumption) -> Array:
+def _shares(form: Form, given: Assumption) -> Array:
+    labels = [term.label for term in form.terms]
     named = np.array([given.shares.get(label, np.nan) for label in labels])
     rest = np.isnan(named)
     if rest.any():

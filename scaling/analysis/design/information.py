@@ -19,12 +19,11 @@ class Information:
     """What the rows of a design tell of a law, under its assumption and around it.
 
     Attributes:
-        jacobian: ``[m, P]`` of ln y by theta at the assumed law, over the noise.
-        around: ``[S, m, P]`` the same at laws around it.
+        around: ``[S, m, P]`` derivative of ln y by theta over the noise, at the assumed law and
+            then at laws around it.
     """
 
     belief: Belief
-    jacobian: Array
     around: Array
 
     @classmethod
@@ -34,8 +33,12 @@ class Information:
         """Of a plan's rows, each a run of its own."""
         x = columns_of(belief.surface.form, plan)
         drawn = belief.draws(laws, np.random.default_rng(0))
-        around = log_jacobian(belief.surface, drawn, x) / noise
-        return cls(belief, around[0], around)
+        return cls(belief, log_jacobian(belief.surface, drawn, x) / noise)
+
+    @property
+    def jacobian(self) -> Array:
+        """``[m, P]`` at the assumed law."""
+        return np.asarray(self.around[0])
 
     def _scaled(self, jacobian: Array) -> tuple[Array, Array]:
         length = np.sqrt((jacobian**2).sum(axis=0))

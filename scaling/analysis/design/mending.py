@@ -8,7 +8,6 @@ import pandas as pd
 from scaling.analysis.design.audit import (
     COMPUTE,
     FACTORS,
-    SIZE,
     WISHED_DECADES,
     Audit,
     FactorAudit,
@@ -85,7 +84,7 @@ def _mend(
         free[chosen[-1]] = False
         rows = pd.concat([plan, table.iloc[chosen]], ignore_index=True)
         state = Information.of(belief, rows, found.noise, laws=1)
-        verdict = judge(name, rows, state, log_columns(rows, [*FACTORS, SIZE, *form.columns]))
+        verdict = judge(name, rows, state, log_columns(rows, [*FACTORS, *form.columns]))
         if verdict.verdict == "identified":
             break
     if verdict.verdict == factor.verdict:

@@ -26,7 +26,7 @@ from scaling.analysis.design.candidates import (
     of_law,
     table_of,
 )
-from scaling.analysis.design.criteria import TARGET_WEIGHT, Problem, choose
+from scaling.analysis.design.criteria import Problem, choose
 from scaling.analysis.design.information import Information
 from scaling.analysis.design.targets import REACH, SHARES, Space, best, groups_of, target_matrices
 from scaling.analysis.fitting.forms import Form
@@ -180,7 +180,6 @@ def problem_of(
     *,
     finished: pd.DataFrame | None = None,
     noise_before: float | None = None,
-    weight: float = TARGET_WEIGHT,
     laws: int = LAWS,
     seed: int = 0,
 ) -> Problem:
@@ -194,7 +193,6 @@ def problem_of(
         goal: None for D-optimality alone.
         finished: runs whose information is there already.
         noise_before: standard deviation of theirs; None: the same.
-        weight: of the targets against D-optimality.
         laws: how many laws the criterion is averaged over; 1 takes the belief's mean alone.
         seed: of the draws.
     """
@@ -210,7 +208,7 @@ def problem_of(
         targets = target_matrices(surface, theta, goal.space, goal.factor)
     gradients = log_jacobian(surface, theta, columns_of(surface.form, offered)) / noise
     shares = SHARES if len(targets) == 2 else (1.0,) * len(targets)
-    return Problem(gradients, cost, known, targets, shares, weight)
+    return Problem(gradients, cost, known, targets, shares)
 
 
 def sweep_file(grid: Grid, proposal: Proposal, folder: Path, beside_sizes: bool) -> str:
@@ -330,6 +328,8 @@ def _expected(
         for n, m in zip(names, belief.mean, strict=True)
         if n.startswith("exponent")
     }
+    if goal is not None:
+        matrices = target_matrices(belief.surface, belief.mean[None], goal.space, goal.factor)[:, 0]
     for when, design in designs.items():
         state = Information.of(belief, design, noise, laws=1) if len(design) else None
         errors = state.standard_errors(state.jacobian) if state else np.full(len(names), np.inf)
@@ -339,9 +339,6 @@ def _expected(
         if goal is None:
             continue
         full = state is not None and state.rank == len(names)
-        matrices = target_matrices(
-            belief.surface, belief.mean[None], goal.space, goal.factor
-        )[:, 0]  # fmt: skip
         covariance = np.linalg.inv(state.jacobian.T @ state.jacobian) if state and full else None
         spread = [None if covariance is None else np.trace(m @ covariance) for m in matrices]
         rows.setdefault("ln loss at the target", {"quantity": "ln loss at the target"})[when] = (

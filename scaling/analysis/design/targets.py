@@ -127,20 +127,17 @@ def regret_matrix(surface: Surface, theta: Array, space: Space, v: Array) -> Arr
     return np.asarray(turned.T @ turned / loss)
 
 
-def target_matrices(
-    surface: Surface, laws: Array, space: Space, factor: float, optimum: Array | None = None
-) -> Array:
+def target_matrices(surface: Surface, laws: Array, space: Space, factor: float) -> Array:
     """``[T, S, P, P]`` of a design's targets under every law: the decision regret (where there is
     something to decide), then the variance of ln y at the optimum.
 
     Args:
         laws: ``[S, P]``.
         factor: compute of the target over the reference's.
-        optimum: a configuration ``[d]`` instead of each law's own optimum.
     """
     regrets, variances = [], []
     for theta in laws:
-        v = best(surface, theta, space, factor) if optimum is None else optimum
+        v = best(surface, theta, space, factor)
         regrets.append(regret_matrix(surface, theta, space, v))
         g = log_jacobian(surface, theta[None], space.columns(v[None]))[0, 0]
         variances.append(np.outer(g, g))
