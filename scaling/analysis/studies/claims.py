@@ -144,7 +144,7 @@ def _overlap(one: Reading, base: Reading) -> bool:
 
 def _combinations(laws: Laws, claim: Claim) -> dict[str, Any]:
     """The exponent under every combination of choices, without intervals."""
-    quick = Laws(laws.runs, n_boot=0, seed=laws.seed)
+    quick = laws.without_intervals()
     found = []
     for choice in jointly(laws.runs, claim.grid):
         try:

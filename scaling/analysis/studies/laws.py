@@ -55,6 +55,10 @@ class Laws:
     _found: dict[tuple[str, Choice], Any] = field(default_factory=dict, repr=False)
     _rows: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
 
+    def without_intervals(self) -> "Laws":
+        """The same runs and rules of rows, to fit without bootstrap draws."""
+        return Laws(self.runs, n_boot=0, seed=self.seed, _rows=self._rows)
+
     def rows(self, which: str) -> pd.DataFrame:
         """The runs under a rule of rows.
 
