@@ -21,6 +21,7 @@ from scaling.analysis.studies.choices import (
     Choice,
 )
 from scaling.analysis.studies.factors import Factors, additive, factors_of, joint_forms
+from scaling.analysis.studies.runs import run_key
 
 AXES = {
     "compute": ("compute", "y", "objective", "rows", "points"),
@@ -84,7 +85,7 @@ class Laws:
         except FitError as e:
             return {"rule": self.outlier_rule(), "run_keys": None, "failed": str(e)}
         gone = self.runs[~self.runs.index.isin(kept.index)]
-        keys = [None if pd.isna(k) else str(k) for k in gone["run_key"]]
+        keys = [run_key(k) for k in gone["run_key"]]
         return {"rule": self.outlier_rule(), "run_keys": keys, "failed": None}
 
     def factors(self, choice: Choice | None = None) -> Factors:
