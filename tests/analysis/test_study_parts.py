@@ -211,6 +211,16 @@ def test_the_cloud_has_a_colour_per_limiting_factor(
     assert sum(len(line.get_xdata()) for line in drawn) == len(runs)
 
 
+def test_the_cloud_shows_cells_that_no_factor_limits(
+    runs: pd.DataFrame, limited: dict[str, Any]
+) -> None:
+    first, *others = limited["cells"]
+    cells = [first | {"limiting": None, "share": None, "said": False}, *others]
+    ax = figures.limiting_cloud(runs, limited | {"cells": cells})
+    marks = {line.get_label(): len(line.get_xdata()) for line in ax.lines}
+    assert marks["none, not sure"] == len(first["run_keys"])
+
+
 def value(choice: str, number: float | None, answer: str | None) -> dict[str, Any]:
     ends = (None, None) if number is None else (number - 0.1, number + 0.2)
     return {"choice": choice, "value": number, "answer": answer, "lower": ends[0], "upper": ends[1]}

@@ -17,6 +17,7 @@ import pandas as pd
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.verdicts import IDENTIFICATION, variance_inflation
 from scaling.analysis.studies.factors import REPEATS
+from scaling.analysis.studies.runs import run_key
 
 COLUMNS = {
     "n_total": "n_total",
@@ -163,7 +164,7 @@ def _parted_by(runs: pd.DataFrame, a: str, b: str) -> list[dict[str, Any]]:
             after = pd.concat([runs, pd.DataFrame(new)], ignore_index=True)
             then = _correlation(_logs(after), a, b)
             proposed.append({
-                "like": None if pd.isna(like["run_key"]) else str(like["run_key"]),
+                "like": run_key(like["run_key"]),
                 "setting": setting, "value": value, "then": then,
             })  # fmt: skip
         if proposed:

@@ -115,8 +115,8 @@ def _evaluated(laws: Laws, claim: Claim) -> dict[str, Any]:
         "statement": claim.answers[base.answer or ""] if holds else None,
         "values": [
             {
-                "choice": choice.changed() or "base", "answer": r.answer, "value": _plain(r.value),
-                "lower": _plain(r.lower), "upper": _plain(r.upper), "reason": r.reason,
+                "choice": choice.changed() or "base", "answer": r.answer, "value": plain(r.value),
+                "lower": plain(r.lower), "upper": plain(r.upper), "reason": r.reason,
             }
             for choice, r in readings
         ],
@@ -144,7 +144,7 @@ def _overlap(one: Reading, base: Reading) -> bool:
 
 def _combinations(laws: Laws, claim: Claim) -> dict[str, Any]:
     """The exponent under every combination of choices, without intervals."""
-    quick = Laws(laws.runs, n_boot=0, seed=laws.seed)
+    quick = laws.without_intervals()
     found = []
     for choice in jointly(laws.runs, claim.grid):
         try:
@@ -199,7 +199,3 @@ def same_loss_same_transfer(record: Mapping[str, Any]) -> dict[str, Any]:
         "combinations": None,
         "against": against or ([] if holds else ["no task has a transfer law"]),
     }
-
-
-def _plain(value: float | None) -> float | None:
-    return None if value is None else plain(value)

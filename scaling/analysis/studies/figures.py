@@ -122,7 +122,7 @@ def limiting_cloud(
     """
     ax = ax or _axes()
     by_run = {
-        key: (cell["limiting"], cell["said"])
+        key: (cell["limiting"] or "none", cell["said"])
         for cell in limits["cells"]
         for key in cell["run_keys"]
     }
@@ -132,9 +132,7 @@ def limiting_cloud(
     ax.plot(front[x], front[y], color="0.25", linewidth=0.9, label="compute frontier", zorder=1.5)
     for i, factor in enumerate(factors):
         for said in (True, False):
-            keys = [
-                k for k, v in by_run.items() if v == (None if factor == "none" else factor, said)
-            ]
+            keys = [k for k, v in by_run.items() if v == (factor, said)]
             some = known[known["run_key"].isin(keys)]
             if some.empty:
                 continue

@@ -15,6 +15,7 @@ from scaling.analysis.fitting.status import FitError
 from scaling.analysis.studies.choices import Choice
 from scaling.analysis.studies.factors import additive, joint_forms, size_forms
 from scaling.analysis.studies.laws import ALTERNATIVE_DRAWS, FOLDS, Laws
+from scaling.analysis.studies.runs import run_key
 
 CURVE_POINTS = 41
 
@@ -103,6 +104,6 @@ def _points(fit: LawFit, runs: pd.DataFrame) -> list[dict[str, Any]]:
     fitted = fit.predict(runs, level=None)["y"].to_numpy()
     residual = np.log(runs[fit.y].to_numpy(dtype=np.float64) / fitted)
     return [
-        {"run_key": None if pd.isna(k) else str(k), "fitted": plain(f), "residual": plain(r)}
+        {"run_key": run_key(k), "fitted": plain(f), "residual": plain(r)}
         for k, f, r in zip(runs["run_key"], fitted, residual, strict=True)
     ]

@@ -21,6 +21,7 @@ from scaling.analysis.studies.choices import (
     Choice,
 )
 from scaling.analysis.studies.factors import Factors, additive, factors_of, joint_forms
+from scaling.analysis.studies.runs import run_key
 
 AXES = {
     "compute": ("compute", "y", "objective", "rows", "points"),
@@ -55,6 +56,10 @@ class Laws:
     _found: dict[tuple[str, Choice], Any] = field(default_factory=dict, repr=False)
     _rows: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
 
+    def without_intervals(self) -> "Laws":
+        """The same runs and rules of rows, to fit without bootstrap draws."""
+        return Laws(self.runs, n_boot=0, seed=self.seed, _rows=self._rows)
+
     def rows(self, which: str) -> pd.DataFrame:
         """The runs under a rule of rows.
 
@@ -80,7 +85,7 @@ class Laws:
         except FitError as e:
             return {"rule": self.outlier_rule(), "run_keys": None, "failed": str(e)}
         gone = self.runs[~self.runs.index.isin(kept.index)]
-        keys = [None if pd.isna(k) else str(k) for k in gone["run_key"]]
+        keys = [run_key(k) for k in gone["run_key"]]
         return {"rule": self.outlier_rule(), "run_keys": keys, "failed": None}
 
     def factors(self, choice: Choice | None = None) -> Factors:

@@ -16,7 +16,7 @@ from scaling.analysis.fitting.law import LawFit
 from scaling.analysis.fitting.record import plain
 from scaling.analysis.fitting.status import FitStatus
 from scaling.analysis.studies.factors import REPEATS, USERS
-from scaling.analysis.studies.runs import CELL
+from scaling.analysis.studies.runs import CELL, run_key
 
 AGREE = 0.95
 """Share of the bootstrap draws that must name the same factor for it to be said to limit."""
@@ -41,9 +41,7 @@ def limits(fit: LawFit, runs: pd.DataFrame) -> dict[str, Any]:
         and ``said``: whether that is enough.
     """
     keys = [k for k in CELL if k in runs]
-    cells = []
-    for _, some in runs.groupby(keys, sort=False, dropna=False):
-        cells.append(some)
+    cells = [some for _, some in runs.groupby(keys, sort=False, dropna=False)]
     cells.sort(key=lambda some: float(some["pf_days"].iloc[0]))
     table = pd.DataFrame([some.iloc[0] for some in cells]).reset_index(drop=True)
     if not len(table):
@@ -58,7 +56,7 @@ def limits(fit: LawFit, runs: pd.DataFrame) -> dict[str, Any]:
     out = []
     for i, some in enumerate(cells):
         record: dict[str, Any] = {
-            "run_keys": [None if pd.isna(k) else str(k) for k in some["run_key"]],
+            "run_keys": [run_key(k) for k in some["run_key"]],
             "factors": {name: plain(table[name][i]) for name in fit.factors},
             "pf_days": plain(table["pf_days"][i]),
             "loss": plain(some[fit.y].mean()),

@@ -24,7 +24,7 @@ from scaling.analysis.studies.joint import joint
 from scaling.analysis.studies.laws import Laws
 from scaling.analysis.studies.limits import limits
 from scaling.analysis.studies.losses import losses
-from scaling.analysis.studies.runs import runs_to_fit
+from scaling.analysis.studies.runs import run_key, runs_to_fit
 from scaling.analysis.transfer_law.record import transfer_laws
 from scaling.files import write_json
 from scaling.results import Tables
@@ -93,7 +93,7 @@ def repetition(runs: pd.DataFrame) -> dict[str, Any]:
         "most_repeats": float(runs["repeats"].max()) if len(runs) else None,
         "rose": [
             {
-                "run_key": None if pd.isna(row["run_key"]) else str(row["run_key"]),
+                "run_key": run_key(row["run_key"]),
                 "repeats": float(row["repeats"]),
                 "best_step": int(row["best_step"]),
                 "rise": float(row["loss"] - row["best_loss"]),

@@ -42,7 +42,7 @@ def runs_to_fit(tables: Tables) -> tuple[pd.DataFrame, dict[str, Any]]:
     for rule, true in rules.items():
         now = keep & true.fillna(False)
         if now.any():
-            keys = [None if pd.isna(k) else str(k) for k in runs.loc[now, "run_key"]]
+            keys = [run_key(k) for k in runs.loc[now, "run_key"]]
             dropped.append({"rule": rule, "count": int(now.sum()), "run_keys": keys})
         keep &= ~now
     account = {
@@ -50,6 +50,11 @@ def runs_to_fit(tables: Tables) -> tuple[pd.DataFrame, dict[str, Any]]:
         "exclusions_by_hand": 0,
     }  # fmt: skip
     return runs[keep].reset_index(drop=True), account
+
+
+def run_key(value: Any) -> str | None:
+    """A run's key as JSON has it."""
+    return None if pd.isna(value) else str(value)
 
 
 def smaller_pools(runs: pd.DataFrame) -> list[int]:

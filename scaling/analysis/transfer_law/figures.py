@@ -13,7 +13,6 @@ from scaling.analysis.transfer_law.laws import CELL, LOSS, METRIC, TaskLaw
 
 LABEL = {
     **LABELS,
-    "users_seen": "distinct users met",
     "items_per_user_mean": "items per user, realised mean",
     "steps": "optimiser steps",
 }
