@@ -16,7 +16,6 @@ from scipy.optimize import brentq
 from scaling.analysis.allocation.minimise import Axis, crossed, minimise
 from scaling.analysis.allocation.space import Space
 from scaling.analysis.allocation.trend import AllocationError, Array, Mask, Trend, trend_of
-from scaling.analysis.fitting.intervals import tail as tail_of
 from scaling.analysis.fitting.law import LawFit
 from scaling.analysis.fitting.record import plain
 
@@ -275,9 +274,7 @@ def frontier(
 
 def interval_tail(law: Law) -> float:
     """Share of the law's draws beyond either end of a 95 % interval."""
-    if isinstance(law, LawFit):
-        return tail_of(0.95, law.n_clusters, law.surface.n_free)
-    return 0.025
+    return law.tail() if isinstance(law, LawFit) else 0.025
 
 
 def _corner(space: Space) -> Array:

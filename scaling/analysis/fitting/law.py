@@ -129,12 +129,16 @@ class LawFit:
             return table
         if self.draws.empty:
             raise FitError(f"no interval for {self.y}: the fit has no bootstrap draws (n_boot = 0)")
-        share = tail(level, self.n_clusters, self.surface.n_free)
+        share = self.tail(level)
         # "nearest": a draw's scale may be infinite (exponent near 0), which has no midpoint
         bounds = self.draws.quantile([share, 1 - share], interpolation="nearest")
         return pd.DataFrame(
             {"estimate": self.params, "lower": bounds.iloc[0], "upper": bounds.iloc[1]}
         )
+
+    def tail(self, level: float = 0.95) -> float:
+        """Share of the draws below a percentile interval (``intervals.tail``)."""
+        return tail(level, self.n_clusters, self.surface.n_free)
 
     @cached_property
     def _covariance(self) -> Array:
@@ -200,7 +204,7 @@ class LawFit:
         if level is not None:
             check_level(level)
         if level is not None and len(self.theta_draws):
-            share = tail(level, self.n_clusters, self.surface.n_free)
+            share = self.tail(level)
             band = self.surface.values(self.theta_draws, values)
             ends = [np.full(len(points), np.nan), np.full(len(points), np.nan)]
             known = np.isfinite(band).any(axis=0)  # not at a size of 0, where a power has no end
@@ -229,7 +233,7 @@ class LawFit:
         points = self._points(x)
         every = np.concatenate([self.theta[None], self.theta_draws])
         floor = self.surface.public(every)[FLOOR].to_numpy()[:, None] if self.irreducible else 0.0
-        share = tail(0.95, self.n_clusters, self.surface.n_free)
+        share = self.tail()
         rows = []
         for name in self.factors:
             ends = []

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 
 from scaling.analysis.fitting.comparison import FormComparison
-from scaling.analysis.fitting.intervals import tail
 from scaling.analysis.fitting.law import LawFit
 from scaling.analysis.fitting.parameters import FLOOR
 from scaling.analysis.fitting.status import FitStatus
@@ -215,7 +214,7 @@ def _memorised(fit: LawFit, rows: pd.DataFrame, choice: Choice) -> Reading:
     whole, without = at, at.assign(**{REPEATS: 0.0})
     value = 1 - float(fit.predict(without)["y"].iloc[0] / fit.predict(whole)["y"].iloc[0])
     share = 1 - fit.predict_draws(without)[:, 0] / fit.predict_draws(whole)[:, 0]
-    ends = tail(0.95, fit.n_clusters, fit.surface.n_free)
+    ends = fit.tail()
     lower, upper = (float(v) for v in np.nanquantile(share, [ends, 1 - ends]))
     if lower > FELT:
         return Reading("rises", value, lower, upper)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scaling.analysis.fitting.intervals import tail
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.law import LawFit
 from scaling.analysis.fitting.record import plain
@@ -47,7 +46,7 @@ def limits(fit: LawFit, runs: pd.DataFrame) -> dict[str, Any]:
     if not len(table):
         return {"unit": UNIT, "rule": RULE, "cells": []}
     gains = {name: _gain(fit, table, name) for name in fit.factors if name != REPEATS}
-    share = tail(0.95, fit.n_clusters, fit.surface.n_free)
+    share = fit.tail()
     elastic = {
         (row["row"], row["factor"]): row for row in fit.elasticities(table).to_dict("records")
     }

@@ -113,7 +113,6 @@ def fit_chain(
     *,
     objective_1: Objective | None = None,
     objective_2: Objective = LEAST_SQUARES,
-    bounds_1: Mapping[str, tuple[float, float]] | None = None,
     n_boot: int = 1000,
     seed: int = 0,
 ) -> TransferChain:
@@ -126,14 +125,13 @@ def fit_chain(
         stage_1: form of the loss, such as ``"E + n_total + batch_size"``.
         stage_2: form of the metric in ``pretraining`` or ``perplexity``, as in ``laws.forms``.
         objective_1: by default Huber losses of the logarithm.
-        bounds_1: of stage 1's public parameters.
 
     Raises:
         FitError: a stage cannot be fitted.
     """
     table = points.assign(**{PERPLEXITY: np.exp(points[LOSS].astype(np.float64))})
     first = fit_law(
-        runs, stage_1, y=LOSS, objective=objective_1, bounds=bounds_1, cluster=CELL, n_boot=0,
+        runs, stage_1, y=LOSS, objective=objective_1, cluster=CELL, n_boot=0,
         seed=seed,
     )  # fmt: skip
     second = fit_law(
