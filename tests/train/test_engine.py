@@ -19,6 +19,10 @@ from scaling.train.loop import learning_rate, train
 from scaling.train.ranks import Ranks
 
 EVERY_STEP = {"checkpoint_every": 1, "keep_checkpoints": 100}
+# A step of Adam enlarges the rounding of a small gradient by up to lr / eps, and how far two runs
+# part by that depends on the machine. With an eps of the size of the gradients (a norm of .01 over
+# some 10^4 parameters) they stay as close as they began.
+DAMPED = {"lr": 5e-3, "eps": 1e-4}
 COUNTED = ("tokens", "tokens_sq", "items", "items_sq", "users", "flops_exact", "clipped_steps")
 
 
@@ -35,19 +39,19 @@ def off(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> fl
 
 
 def agree(run: RunDir, expected: RunDir) -> None:
-    """Assert that two runs differ by no more than rounding, which 8 steps of Adam enlarge."""
+    """Assert that two runs differ by no more than rounding."""
     for kind in ("train", "pool"):
         rows, wanted = run.curve(kind), expected.curve(kind)
         assert [r["step"] for r in rows] == [r["step"] for r in wanted]
         for name in COUNTED:  # exactly: they tell which users a step had
             assert [r[name] for r in rows] == [r[name] for r in wanted], name
-        for name, tolerance in (("loss", 1e-5), ("logit_scale", 1e-6), ("grad_norm", 1e-3)):
+        for name, tolerance in (("loss", 1e-5), ("logit_scale", 1e-6), ("grad_norm", 1e-4)):
             if name in rows[0]:
                 found = [r[name] for r in rows]
                 assert found == pytest.approx([r[name] for r in wanted], rel=tolerance), name
     assert rows[0]["loss"] == pytest.approx(wanted[0]["loss"], rel=1e-6)
     assert [r["lr"] for r in run.curve("train")] == [r["lr"] for r in expected.curve("train")]
-    assert off(parameters(run), parameters(expected)) < 1e-4
+    assert off(parameters(run), parameters(expected)) < 5e-5
 
 
 def together(run: RunDir, corpus: Corpus, ranks: int, **environment: str) -> None:
@@ -63,7 +67,7 @@ def together(run: RunDir, corpus: Corpus, ranks: int, **environment: str) -> Non
 @pytest.fixture(scope="module")
 def alone(corpus, tmp_path_factory):
     """8 steps in fp32 in one process and one piece, each committed."""
-    config = configure(corpus, steps=8)
+    config = configure(corpus, steps=8, optim=DAMPED)
     run = RunDir.create(tmp_path_factory.mktemp("alone"), config, "tiny")
     train(run, corpus, TrainSettings(threads=1, micro_batch_tokens=10**6, **EVERY_STEP))
     return run
