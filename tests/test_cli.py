@@ -695,3 +695,6 @@ def test_an_option_of_fit_that_would_do_nothing_is_refused(tmp_path: Path) -> No
     assert "form ''" in refused("fit", table, "--form", "")
     twice = ("--fix", "exponent=1", "--fix", "exponent=2")
     assert "exponent is given twice" in refused("fit", table, "--form", "E + n", *twice)
+    for word in ("exponent", "exponent=1", "exponent=:", "exponent=a:1"):
+        said = refused("fit", table, "--form", "E + n", "--bound", word)
+        assert f"--bound {word}: NAME=LOW:HIGH" in said

@@ -8,7 +8,7 @@ import typer
 
 from scaling import ClueError
 from scaling.cli.app import RESULTS, WORK, Json, Results, Root, SweepFile, app, planned_runs
-from scaling.cli.tables import fixed_values
+from scaling.cli.laws import fixed_values
 from scaling.cli.terminal import cell, print_json, print_table
 
 if TYPE_CHECKING:

@@ -8,8 +8,23 @@ import typer
 
 from scaling import ClueError
 from scaling.cli.app import RESULTS, Json, Results, app
+from scaling.cli.laws import (
+    Bound,
+    Cluster,
+    Delta,
+    Draws,
+    Fix,
+    Loss,
+    Overestimate,
+    Resampled,
+    Scale,
+    Seed,
+    Tie,
+    Weights,
+    choices,
+)
 from scaling.cli.studies import load_tables, tables_folder
-from scaling.cli.tables import TABLES, bounded, fixed_values, groups, read_table
+from scaling.cli.tables import TABLES, read_table
 from scaling.cli.terminal import cell, print_json, print_table
 
 Table = Annotated[
@@ -34,33 +49,18 @@ def fit(
     ] = None,
     x: Annotated[str, typer.Option(help="Column of a power law.")] = "pf_days",
     y: Annotated[str, typer.Option(help="Column that the law gives.")] = "loss",
-    loss: Annotated[str, typer.Option(help="Objective: huber, lad or mse.")] = "huber",
-    delta: Annotated[float, typer.Option(help="Knee of the Huber loss.")] = 1e-3,
-    scale: Annotated[str, typer.Option(help="Residuals of log or raw y.")] = "log",
-    overestimate: Annotated[
-        float, typer.Option(help="Factor on the loss of rows that the fit lies above.")
-    ] = 1.0,
-    weights: Annotated[str | None, typer.Option(help="Column of the rows' weights.")] = None,
-    fix: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE: hold a parameter. Repeatable.")
-    ] = None,
-    bound: Annotated[
-        list[str] | None, typer.Option(help="NAME=LOW:HIGH: bound a parameter. Repeatable.")
-    ] = None,
-    tie: Annotated[
-        list[str] | None, typer.Option(help="NAME,NAME: parameters share a value. Repeatable.")
-    ] = None,
-    cluster: Annotated[
-        str,
-        typer.Option(help="Column of independent units; none: rows; auto: run_key if there."),
-    ] = "auto",
-    bootstrap: Annotated[
-        str, typer.Option(help="What is resampled: clusters, rows or residuals.")
-    ] = "clusters",
-    n_boot: Annotated[
-        int, typer.Option(min=0, max=100_000, help="Bootstrap draws; 0: no interval.")
-    ] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of starts and bootstrap.")] = 0,
+    loss: Loss = "huber",
+    delta: Delta = 1e-3,
+    scale: Scale = "log",
+    overestimate: Overestimate = 1.0,
+    weights: Weights = None,
+    fix: Fix = None,
+    bound: Bound = None,
+    tie: Tie = None,
+    cluster: Cluster = "auto",
+    bootstrap: Resampled = "clusters",
+    n_boot: Draws = 1000,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Fit the laws of a sweep, or one law to a table.
@@ -75,7 +75,7 @@ def fit(
         clue-scaling fit <TABLE>.csv --form 'E + n + d' --y loss --fix exponent.n=0.35
     """
     if table.suffix in TABLES:
-        from scaling.analysis import Objective, fit_law
+        from scaling.analysis import fit_law
 
         if form is not None and _given(context, "x"):
             raise ClueError("--x names the column of a power law; --form has its own columns")
@@ -83,10 +83,10 @@ def fit(
         try:
             law = fit_law(
                 df, f"`{x}`" if form is None else form, y=y,
-                objective=Objective(loss, delta, scale, overestimate),  # type: ignore[arg-type]
-                weights=weights, fixed=fixed_values(fix or ()), bounds=bounded(bound or ()),
-                tied=groups(tie or ()), cluster=None if cluster == "none" else cluster,
-                bootstrap=bootstrap, n_boot=n_boot, seed=seed,  # type: ignore[arg-type]
+                cluster=None if cluster == "none" else cluster, n_boot=n_boot, seed=seed,
+                **choices(
+                    loss, delta, scale, overestimate, weights, fix, bound, tie, bootstrap
+                ),
             ).to_dict()  # fmt: skip
         except ClueError as e:
             raise ClueError(f"{table}: {e}") from None

@@ -8,6 +8,21 @@ import typer
 
 from scaling import ClueError
 from scaling.cli.app import Json, app
+from scaling.cli.laws import (
+    Bound,
+    Cluster,
+    Delta,
+    Draws,
+    Fix,
+    Loss,
+    Overestimate,
+    Resampled,
+    Scale,
+    Seed,
+    Tie,
+    Weights,
+    choices,
+)
 from scaling.cli.tables import read_table
 from scaling.cli.terminal import print_json, print_table
 
@@ -29,17 +44,19 @@ def rollout(
     baseline: Annotated[
         str | None, typer.Option(help="Plain power law to beat; default: product of the columns.")
     ] = None,
-    cluster: Annotated[
-        str,
-        typer.Option(help="Column of independent units; none: rows; auto: run_key if there."),
-    ] = "auto",
-    loss: Annotated[str, typer.Option(help="Objective: huber, lad or mse.")] = "huber",
-    delta: Annotated[float, typer.Option(help="Knee of the Huber loss.")] = 1e-3,
+    loss: Loss = "huber",
+    delta: Delta = 1e-3,
+    scale: Scale = "log",
+    overestimate: Overestimate = 1.0,
+    weights: Weights = None,
+    fix: Fix = None,
+    bound: Bound = None,
+    tie: Tie = None,
+    cluster: Cluster = "auto",
+    bootstrap: Resampled = "clusters",
     level: Annotated[float, typer.Option(min=0, max=1, help="Of the intervals.")] = 0.95,
-    n_boot: Annotated[
-        int, typer.Option(min=0, max=100_000, help="Bootstrap draws; 0: no interval.")
-    ] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of starts and bootstrap.")] = 0,
+    n_boot: Draws = 200,
+    seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Fit small, predict large: how far a law can be extrapolated.
@@ -50,7 +67,6 @@ def rollout(
     Example:
         clue-scaling rollout <TABLE>.csv --form "E + n_total + batch_size" --by pf_days
     """
-    from scaling.analysis.fitting.objective import Objective
     from scaling.analysis.fitting.rollout import rollout as roll
     from scaling.analysis.fitting.selection import select
 
@@ -60,7 +76,7 @@ def rollout(
         found = roll(
             chosen.rows, form, y=y, by=by, cuts=cut, baseline=baseline, level=level,
             n_boot=n_boot, cluster=chosen.cluster, seed=seed,
-            objective=Objective(loss, delta),  # type: ignore[arg-type]
+            **choices(loss, delta, scale, overestimate, weights, fix, bound, tie, bootstrap),
         )  # fmt: skip
     except ClueError as e:
         raise ClueError(f"{table}: {e}") from None

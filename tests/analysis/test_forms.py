@@ -321,6 +321,20 @@ def test_bounds_that_do_not_bind_change_nothing() -> None:
 
 
 @pytest.mark.parametrize(
+    ("ends", "expected"), [((0.4, None), 0.4), ((None, 0.25), 0.25), ((None, 0.9), None)]
+)
+def test_a_bound_may_be_of_one_side(
+    ends: tuple[float | None, float | None], expected: float | None
+) -> None:
+    _, df = noisy("E + a + b")
+    free = fit_law(df, "E + a + b", y="y", objective=SQUARES, n_boot=0)
+    fit = fit_law(df, "E + a + b", y="y", objective=SQUARES, n_boot=0, bounds={"exponent.a": ends})
+    expected = expected or free.params["exponent.a"]
+    assert fit.params["exponent.a"] == pytest.approx(expected, rel=1e-6)
+    assert fit.to_dict()["bounded"] == {"exponent.a": list(ends)}
+
+
+@pytest.mark.parametrize(
     ("form", "group"),
     [
         ("E + a + b", ("exponent.a", "exponent.b")),
@@ -386,6 +400,8 @@ def test_bounds_of_a_tied_group_all_hold() -> None:
          "in two tied groups"),
         ("E + a + b", Constraints({}, {"exponent.a": (0.1, 0.2), "exponent.b": (0.3, 0.4)},
                                   (("exponent.a", "exponent.b"),)), "do not overlap"),
+        ("E + a", Constraints({}, {"exponent": (90.0, None)}), "lie beyond the default"),
+        ("E + a", Constraints({}, {"irreducible": (None, float("-inf"))}), "not -inf to -inf"),
     ],
 )  # fmt: skip
 def test_constraints_that_cannot_hold_are_refused(

@@ -229,6 +229,25 @@ def test_the_verb_reads_any_table(tmp_path: Path, ending: str) -> None:
     assert report["windows"][0]["error"] == pytest.approx(library.table()["error"][0], rel=1e-6)
 
 
+def test_the_verb_fits_as_it_is_told(tmp_path: Path) -> None:
+    df = table(noise=0.02, floor=2.0).assign(w=lambda d: 1 / d["x"])
+    df.to_csv(tmp_path / "runs.csv", index=False)
+    words = ["--form", "E + x", "--by", "x", "--cut", 100, "--n-boot", 0, "--loss", "mse",
+             "--scale", "raw", "--weights", "w", "--overestimate", 2, "--bound", "exponent=:0.2",
+             "--fix", "irreducible=1.9"]  # fmt: skip
+    report = json.loads(call(tmp_path / "runs.csv", *words, "--json").stdout)
+    library = rollout(
+        df, "E + x", y="loss", by="x", cuts=[100.0], n_boot=0, weights="w",
+        objective=Objective("mse", scale="raw", overestimate=2.0), fixed={"irreducible": 1.9},
+        bounds={"exponent": (None, 0.2)},
+    )  # fmt: skip
+    found, expected = report["windows"][0], library.table().iloc[0]
+    assert found["status"] == expected["status"]
+    assert found["error"] == pytest.approx(expected["error"], rel=1e-9)
+    plain = rollout(df, "E + x", y="loss", by="x", cuts=[100.0], n_boot=0).table()["error"][0]
+    assert found["error"] != pytest.approx(plain, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -236,6 +255,10 @@ def test_the_verb_reads_any_table(tmp_path: Path, ending: str) -> None:
         (["--form", "x +", "--by", "x"], "x +"),
         (["--form", "x", "--by", "x", "--rule", "what"], "rule 'what' is neither"),
         (["--form", "x", "--by", "x", "--loss", "l2"], "l2"),
+        (["--form", "x", "--by", "x", "--scale", "ln"], "ln"),
+        (["--form", "x", "--by", "x", "--fix", "slope=1"], "has no parameter 'slope'"),
+        (["--form", "x", "--by", "x", "--bound", "exponent=1"], "NAME=LOW:HIGH"),
+        (["--form", "x", "--by", "x", "--weights", "w"], "no column 'w'"),
         (["--form", "x", "--by", "x", "--level", "1"], "level is between 0 and 1"),
         (["--form", "x", "--by", "x", "--cluster", "run"], "no column 'run' to name the run"),
     ],

@@ -28,7 +28,7 @@ from scaling.analysis.fitting.intervals import (
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.law import LawFit
 from scaling.analysis.fitting.objective import LAD_DRAW_KNEE, Objective
-from scaling.analysis.fitting.parameters import FREE, Constraints
+from scaling.analysis.fitting.parameters import FREE, Constraints, Ends
 from scaling.analysis.fitting.rows import (
     check_enough,
     check_unit,
@@ -57,7 +57,7 @@ def fit_law(
     objective: Objective | None = None,
     weights: str | None = None,
     fixed: Mapping[str, float] | None = None,
-    bounds: Mapping[str, tuple[float, float]] | None = None,
+    bounds: Mapping[str, Ends] | None = None,
     tied: Sequence[Sequence[str]] = (),
     bootstrap: Resampling = "clusters",
     n_boot: int = 1000,
@@ -73,7 +73,7 @@ def fit_law(
         objective: what is minimised; by default Huber losses of ln y with delta 1e-3.
         weights: column of the rows' weights in the objective.
         fixed: public parameters held at a value.
-        bounds: lower and upper bounds of public parameters.
+        bounds: lower and upper bounds of public parameters; None for an end that stays open.
         tied: groups of public parameters that share one value.
         bootstrap: what a draw weighs anew: whole ``clusters``, or ``rows`` one by one; or it
             redraws ``residuals`` around the fit (their signs by cluster).

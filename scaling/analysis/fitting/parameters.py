@@ -22,6 +22,10 @@ _FREE_ORIGIN = ("same", "exp")
 """Kinds of parameters that two factors can share: they know nothing of an axis."""
 
 
+Ends = tuple[float | None, float | None]
+"""Lower and upper bound of a public parameter; None: as if nothing were said."""
+
+
 @dataclass(frozen=True)
 class Slot:
     """One parameter of a form: E, the outer power, a term's coefficient or one of a factor's.
@@ -39,10 +43,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class Constraints:
-    """What is not free: public names to values, to bounds, and groups that share one value."""
+    """What is not free: public names to values, to bounds, and groups that share one value.
+
+    An end of a bound that is None is the default's.
+    """
 
     fixed: Mapping[str, float]
-    bounds: Mapping[str, tuple[float, float]]
+    bounds: Mapping[str, Ends]
     tied: tuple[tuple[str, ...], ...] = ()
 
     @property
@@ -212,8 +219,10 @@ def check(
         if not np.isfinite(value):
             raise FormError(f"{name} cannot be fixed to {value:g}")
     for name, ends in constraints.bounds.items():
-        if not ends[0] < ends[1]:
-            raise FormError(f"bounds of {name} must rise, not {ends[0]:g} to {ends[1]:g}")
+        low = -np.inf if ends[0] is None else ends[0]
+        high = np.inf if ends[1] is None else ends[1]
+        if not low < high:
+            raise FormError(f"bounds of {name} must rise, not {low:g} to {high:g}")
         if name in constraints.fixed:
             raise FormError(f"{name} is fixed and bounded")
     for t, name in scales.items():

@@ -120,14 +120,15 @@ class Surface:
             place.append(len(lower))
             low, high = default_bounds(form, axes, slot, y, log_scale and slot.term not in at_zero)
             stated = [
-                [inward_slot(form, axes, slot, end) for end in ends]
-                for name, ends in constraints.bounds.items()
-                if group.get(name, name) == key
+                ends for name, ends in constraints.bounds.items() if group.get(name, name) == key
             ]
-            if stated:
-                low, high = max(map(min, stated)), min(map(max, stated))
-                if not low < high:
-                    raise FormError(f"the bounds of {', '.join(groups[key])} do not overlap")
+            lows = [inward_slot(form, axes, slot, end) for end, _ in stated if end is not None]
+            highs = [inward_slot(form, axes, slot, end) for _, end in stated if end is not None]
+            low, high = max(lows, default=low), min(highs, default=high)
+            if not low < high:
+                names = ", ".join(groups.get(key, (key,)))
+                wide = "do not overlap" if lows and highs else "lie beyond the default; give both"
+                raise FormError(f"the bounds of {names} {wide}")
             lower.append(low)
             upper.append(high)
         return cls(
