@@ -157,9 +157,8 @@ def _analyse(
             Path(p) for p in kept["made"] if Path(p).suffix in (".png", ".svg")
         )
     with _stage(console, "fit") as show:
-        fits = study(tables)
+        fits = study(tables, progress=show)
         path = write_study(fits, out)
-        show(1, 1, "study")
     with _stage(console, "draw") as show:
         figures = sorted(draw(tables, fits, out / "figures"))
         show(len(figures), len(figures), "files")

@@ -224,7 +224,13 @@ def test_figures_before_collect_and_fit_say_what_is_missing(study: Path) -> None
     pq.write_table(runs.set_column(column, runs.field(column), pa.array([1.0, 2.0, 3.0])), path)
     losses = pa.array([1.0, None, None])
     pq.write_table(runs.set_column(column, runs.field(column), losses), path)
-    said = call("fit", study / "study.toml", *where, "--n-boot", 10).stdout
+    fitted = call("fit", study / "study.toml", *where, "--n-boot", 10)
+    told = [line.split(": ")[1].split("/") for line in fitted.stderr.splitlines()]
+    assert all(line.startswith("fit: ") for line in fitted.stderr.splitlines())
+    total = int(told[-1][1].split()[0])
+    assert [int(done) for done, _ in told] == list(range(total + 1))
+    assert {"claims", "joint", "transfer laws"} <= {rest.partition(" ")[2] for _, rest in told}
+    said = fitted.stdout
     assert said.count("no law could be fitted: ") == 1
     assert len(said.splitlines()) == 4
     (study / "results" / "study" / "fits.json").unlink()

@@ -25,7 +25,7 @@ from scaling.cli.laws import (
 )
 from scaling.cli.studies import load_tables, tables_folder
 from scaling.cli.tables import TABLES, read_table
-from scaling.cli.terminal import cell, print_json, print_table
+from scaling.cli.terminal import cell, print_json, print_table, progress
 
 Table = Annotated[
     Path,
@@ -104,7 +104,9 @@ def fit(
     from scaling.analysis.studies.report import study, write_study
 
     folder = tables_folder(table, results)
-    fits = study(load_tables(folder), n_boot=n_boot, seed=seed)
+    tables = load_tables(folder)
+    with progress("fit") as update:
+        fits = study(tables, n_boot=n_boot, seed=seed, progress=update)
     path = write_study(fits, folder)
     if as_json:
         print_json(fits)

@@ -4,7 +4,7 @@ Only what survives every choice that a reader could have made otherwise is state
 (``claims``); every fit behind it is in the result.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,50 +29,65 @@ from scaling.analysis.transfer_law.record import transfer_laws
 from scaling.files import write_json
 from scaling.results import Tables
 
+Progress = Callable[[int, int, str], None]
+"""Called with the parts done, the parts in all, and the one that begins."""
 FITS_VERSION = 2
 """Version of ``fits.json``; it rises when a reader of an older one would misread it."""
 TRANSFER_DRAWS = 400
 """At most so many bootstrap draws for the laws of transfer."""
 
 
-def study(tables: Tables, *, n_boot: int = 1000, seed: int = 0) -> dict[str, Any]:
+def study(
+    tables: Tables, *, n_boot: int = 1000, seed: int = 0, progress: Progress | None = None
+) -> dict[str, Any]:
     """Fit everything the tables allow; a fit that cannot be made says why in its place.
 
     Args:
         n_boot: bootstrap draws of the laws in compute; the joint law takes fewer
             (``laws.JOINT_DRAWS``).
         seed: of starts, draws and folds.
+        progress: told of each part as it begins.
 
     Returns:
         JSON-able; its keys are described in docs/formats.md.
     """
     runs, rows = runs_to_fit(tables)
     laws = Laws(runs, n_boot=n_boot, seed=seed)
-    claims = evaluated(laws, conclusions(laws))
-    of_transfer = None
-    if len(tables.transfer):
-        of_transfer = transfer_laws(tables, n_boot=min(n_boot, TRANSFER_DRAWS), seed=seed)
-        claims.append(same_loss_same_transfer(of_transfer))
+    parts: dict[str, Callable[[], Any]] = {
+        "claims": lambda: evaluated(laws, conclusions(laws)),
+        "outliers": laws.outliers,
+        "rank_correlation": lambda: {x: rank_correlation(runs, x) for x in COMPUTE},
+        "compute": lambda: compute_laws(laws),
+        "joint": lambda: joint(laws),
+        "limits": lambda: _limits(laws),
+        "approaches": lambda: approaches(laws),
+        "rollouts": lambda: rollouts(laws),
+        "aliasing": lambda: aliasing(runs),
+        "repetition": lambda: repetition(runs),
+        "losses": lambda: losses(runs, min(n_boot, 200), seed),
+        "transfer": lambda: downstream_report(tables.transfer, tables.runs),
+        "transfer_laws": lambda: _transfer_laws(tables, n_boot, seed),
+        "gains": lambda: gains_report(tables.gains),
+    }
+    found = {}
+    for done, (name, make) in enumerate(parts.items()):
+        if progress:
+            progress(done, len(parts), name.replace("_", " "))
+        found[name] = make()
+    if progress:
+        progress(len(parts), len(parts), "done")
+    claims, outliers = found.pop("claims"), found.pop("outliers")
+    if found["transfer_laws"] is not None:
+        claims.append(same_loss_same_transfer(found["transfer_laws"]))
     return {
         "schema_version": FITS_VERSION,
         "program": f"clue-scaling {scaling.__version__}",
         "sweep": tables.collected.get("sweep"),
         "y": "loss: contrastive loss on the fixed pool at the final step [nats]",
         "counting": COMPUTE,
-        "rows": rows | {"outliers": laws.outliers()},
+        "rows": rows | {"outliers": outliers},
         "claims": {"rule": RULE, "claims": claims},
-        "rank_correlation": {x: rank_correlation(runs, x) for x in COMPUTE},
-        "compute": compute_laws(laws),
-        "joint": joint(laws),
-        "limits": _limits(laws),
-        "approaches": approaches(laws),
-        "rollouts": rollouts(laws),
-        "aliasing": aliasing(runs),
-        "repetition": repetition(runs),
-        "losses": losses(runs, min(n_boot, 200), seed),
-        "transfer": downstream_report(tables.transfer, tables.runs),
-        "transfer_laws": of_transfer,
-        "gains": gains_report(tables.gains),
+        **found,
     }
 
 
@@ -102,6 +117,12 @@ def repetition(runs: pd.DataFrame) -> dict[str, Any]:
             for row in rose.to_dict("records")
         ],
     }
+
+
+def _transfer_laws(tables: Tables, n_boot: int, seed: int) -> dict[str, Any] | None:
+    if not len(tables.transfer):
+        return None
+    return transfer_laws(tables, n_boot=min(n_boot, TRANSFER_DRAWS), seed=seed)
 
 
 def _limits(laws: Laws) -> dict[str, Any]:
