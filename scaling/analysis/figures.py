@@ -13,7 +13,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    PercentFormatter,
+)
 
 from scaling.analysis.fitting.frontier import compute_frontier
 from scaling.analysis.studies.downstream import correlations, downstream_points
@@ -227,6 +234,50 @@ def law_and_points(fit: "LawFit", x: str, *, ax: Axes | None = None, extend: flo
     ax.set_ylabel(LABELS.get(fit.y, fit.y))
     _legend(ax)
     return ax
+
+
+def rollout_errors(record: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
+    """Signed error of every prediction against its extrapolation ratio, one colour a window.
+
+    Open points lie outside their interval.
+
+    Args:
+        record: of a rollout (``fitting.rollout.Rollout.to_dict``).
+    """
+    ax = ax or _axes()
+    predictions = pd.DataFrame(record["predictions"])
+    for i, (cut, rows) in enumerate(predictions.groupby("cut")):
+        for face in (f"C{i % 7}", "none"):
+            some = rows[(rows["covered"] == 0) == (face == "none")]
+            label = None if face == "none" else short(float(str(cut)))
+            ax.scatter(
+                some["ratio"], some["error"], s=22, edgecolors=f"C{i % 7}", facecolors=face,
+                label=label,
+            )  # fmt: skip
+    if (predictions["covered"] == 0).any():
+        outside = f"outside {record['level']:.0%}"
+        ax.scatter([], [], s=22, edgecolors="0.35", facecolors="none", label=outside)
+    ax.axhline(0, color="0.45", linestyle="--", linewidth=1)
+    ax.set_xlim(0.95, max(2.1, 1.1 * float(predictions["ratio"].max())))
+    log_axis(ax)
+    by = LABELS.get(record["by"], record["by"]).partition(" [")[0].partition(",")[0]
+    ax.set_xlabel(f"{by} / largest fitted")
+    ax.set_ylabel(f"ln(predicted {record['y']} / measured)")
+    ax.legend(
+        title="fitted up to", title_fontsize="small", fontsize="small", loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+    )  # fmt: skip
+    return ax
+
+
+def log_axis(ax: Axes) -> None:
+    """A logarithmic x axis with few plain numbers, for narrow panels."""
+    ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high / low < 30 else (1.0,)
+    ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
+    ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _axes() -> Axes:

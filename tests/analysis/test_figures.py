@@ -1,5 +1,6 @@
 """Figures show what they say: artists, labels, files."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,12 @@ from matplotlib.collections import PathCollection, PolyCollection
 
 from scaling.analysis import LawFit, fit_power_law
 from scaling.analysis.figures import loss_vs_compute, transfer_vs_pretraining
+from scaling.analysis.fitting.rollout import rollout
 from scaling.analysis.studies.draw import draw
+from scaling.analysis.studies.figures import rollout_panels
+from scaling.analysis.transfer_law.figures import task_laws
+from scaling.analysis.transfer_law.points import transfer_points
+from scaling.analysis.transfer_law.record import transfer_laws
 from scaling.results import Tables
 
 
@@ -123,6 +129,41 @@ def test_drawing_twice_gives_the_same_files(tables: Tables, fit: LawFit, tmp_pat
         assert a.read_bytes() == b.read_bytes()
     assert "compute frontier" in one[1].read_text()  # text stays text in SVG
     assert not plt.get_fignums()
+
+
+def test_a_study_s_laws_of_transfer_and_rollouts_are_drawn(tables: Tables, tmp_path: Path) -> None:
+    """From the tables and fits.json alone, every point and every task."""
+    laws = json.loads(json.dumps(transfer_laws(tables, n_boot=20)))
+    runs = tables.runs.assign(loss=tables.runs["loss"].astype(float))
+    asked = [("pf_days", "pf_days"), ("E + pf_days", "n_total")]
+    found = [
+        {"form": form, "by": by, "failed": None,
+         "rollout": rollout(runs, form, y="loss", by=by, n_boot=20).to_dict()}
+        for form, by in asked
+    ]  # fmt: skip
+    failed = {"form": "E + pf_days", "by": "epochs", "failed": "no", "rollout": None}
+    fits = json.loads(json.dumps({"transfer_laws": laws, "rollouts": [*found, failed]}))
+    names = {p.stem for p in draw(tables, fits, tmp_path)}
+    assert {"transfer_law_loss", "rollouts"} <= names
+    assert "transfer_law_mrr" not in names  # no run was measured by it
+
+    record, points = laws["loss"], transfer_points(tables, "loss")
+    panels = task_laws(points, record)
+    assert [p.get_title(loc="left") or p.get_title() for p in panels] == list(record["tasks"])
+    for panel, (task, law) in zip(panels, record["tasks"].items(), strict=True):
+        own = points.table[points.table["task"] == task]
+        np.testing.assert_array_equal(panel.lines[0].get_xdata(), own["pretraining"])
+        inside, beyond = (np.asarray(line.get_xdata()) for line in panel.lines[1:3])
+        np.testing.assert_array_equal([*beyond, *inside], law["curve"]["x"])
+        assert max(beyond) < own["pretraining"].min() <= min(inside)
+        assert law["law"] in legend(panel)[-1]
+    panels = rollout_panels(fits["rollouts"])
+    assert len(panels) == 2
+    for panel, one in zip(panels, found, strict=True):
+        drawn = np.concatenate([np.asarray(c.get_offsets()) for c in panel.collections])
+        rows = pd.DataFrame(one["rollout"]["predictions"])
+        np.testing.assert_allclose(np.sort(drawn[:, 0]), np.sort(rows["ratio"]))
+        np.testing.assert_allclose(np.sort(drawn[:, 1]), np.sort(rows["error"]))
 
 
 def test_nothing_to_show_draws_nothing(tables: Tables, tmp_path: Path) -> None:

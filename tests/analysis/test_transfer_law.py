@@ -335,7 +335,7 @@ def test_record_of_a_study(tables: Tables) -> None:
 def test_figures(tables: Tables) -> None:
     own = transfer_points(tables).table.query("task == 'books'")
     law = fit_task(own, rises_with_loss=True, n_boot=40)
-    ax = task_law(law, title="books")
+    ax = task_law(law.points, law.to_dict(), title="books")
     labels = [t.get_text() for t in ax.get_legend().get_texts()]
     assert labels == ["24 runs, 24 configurations", "line"]
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), own["downstream"])

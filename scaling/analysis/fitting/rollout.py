@@ -106,32 +106,10 @@ class Rollout:
         }
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Signed error of every prediction against its extrapolation ratio, one colour a window.
+        """Signed errors against the extrapolation ratio (``figures.rollout_errors``)."""
+        from scaling.analysis.figures import rollout_errors  # matplotlib only where it draws
 
-        Open points lie outside their interval.
-        """
-        import matplotlib.pyplot as plt
-
-        from scaling.analysis.figures import STYLE  # matplotlib only where it draws
-
-        with plt.rc_context(fname=STYLE):
-            ax = ax or plt.subplots(layout="constrained")[1]
-        for i, (cut, rows) in enumerate(self.predictions.groupby("cut")):
-            for face in (f"C{i % 7}", "none"):
-                some = rows[(rows["covered"] == 0) == (face == "none")]
-                label = None if face == "none" else f"{self.by} up to {cut:.3g}"
-                ax.scatter(
-                    some["ratio"], some["error"], s=22, edgecolors=f"C{i % 7}", facecolors=face,
-                    label=label,
-                )  # fmt: skip
-        ax.axhline(0, color="0.45", linestyle="--", linewidth=1)
-        ax.set_xscale("log")
-        ax.set_xlabel(f"{self.by} over the largest fitted")
-        ax.set_ylabel(f"ln(predicted {self.y} / measured)")
-        ax.legend(
-            title=f"open: outside {self.level:.0%}", loc="upper left", bbox_to_anchor=(1.01, 1.0)
-        )
-        return ax
+        return rollout_errors(self.to_dict(), ax=ax)
 
 
 def rollout(

@@ -9,9 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from scaling.analysis.figures import LABELS, MARKERS, STYLE, short
+from scaling.analysis.figures import LABELS, MARKERS, STYLE, log_axis, rollout_errors
 from scaling.analysis.fitting.frontier import compute_frontier
 
 
@@ -42,7 +41,8 @@ def loss_panels(
             ax.fill_between(
                 curve["x"], curve["lower"], curve["upper"], color="C1", alpha=0.18, linewidth=0
             )
-        _log_x(ax, name)
+        log_axis(ax)
+        ax.set_xlabel(LABELS.get(name, name))
     axes[0].set_ylabel(LABELS.get(y, y))
     return axes
 
@@ -66,7 +66,8 @@ def residuals(
             points[name], points["residual"], "o", color="C0", markersize=5, alpha=0.8,
             markeredgewidth=0,
         )  # fmt: skip
-        _log_x(ax, name)
+        log_axis(ax)
+        ax.set_xlabel(LABELS.get(name, name))
     axes[0].set_ylabel("ln(loss / law)")
     return axes
 
@@ -149,15 +150,25 @@ def limiting_cloud(
     return ax
 
 
-def _log_x(ax: Axes, name: str) -> None:
-    """A logarithmic axis with few plain numbers, as panels are narrow."""
-    ax.set_xscale("log")
-    low, high = ax.get_xlim()
-    subs = (1.0, 2.0, 5.0) if high / low < 30 else (1.0,)
-    ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel(LABELS.get(name, name))
+def rollout_panels(rollouts: Sequence[Mapping[str, Any]]) -> list[Axes]:
+    """How far the laws can be extrapolated: a panel a law and column (``rollout_errors``).
+
+    Args:
+        rollouts: ``fits["rollouts"]``; those that failed have no panel.
+    """
+    found = [one["rollout"] for one in rollouts if one["rollout"]]
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    with mpl.rc_context(fname=STYLE):
+        figure, panels = plt.subplots(
+            rows, columns, layout="constrained", figsize=(4.4 * columns, 3.2 * rows), squeeze=False
+        )
+    for ax, record in zip(panels.flat, found, strict=False):
+        rollout_errors(record, ax=ax)
+        ax.set_title("\n".join(wrap(record["form"], 44)), fontsize=9)
+    for ax in panels.flat[len(found) :]:
+        figure.delaxes(ax)
+    return list(panels.flat[: len(found)])
 
 
 def _row(n: int) -> list[Axes]:

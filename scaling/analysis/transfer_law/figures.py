@@ -1,5 +1,8 @@
 """Figures of transfer: the law of a task with its band, and what factors add at equal loss."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
@@ -7,50 +10,82 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, NullLocator
 
-from scaling.analysis.figures import LABELS, STYLE
+from scaling.analysis.figures import DOWNSTREAM_LABELS, LABELS, STYLE
 from scaling.analysis.transfer_law.equality import EqualLossTest
-from scaling.analysis.transfer_law.laws import CELL, LOSS, METRIC, TaskLaw
+from scaling.analysis.transfer_law.laws import CELL, LOSS, METRIC
+from scaling.analysis.transfer_law.points import TransferPoints
 
 LABEL = {
     **LABELS,
     "items_per_user_mean": "items per user, realised mean",
     "steps": "optimiser steps",
 }
+PANELS = 3
+"""At most so many side by side."""
+
+
+def task_laws(points: TransferPoints, record: Mapping[str, Any]) -> list[Axes]:
+    """The laws of all tasks, one panel each.
+
+    Args:
+        points: of one metric.
+        record: of the same metric (``record.transfer_laws``).
+    """
+    tasks = list(record["tasks"])
+    columns = min(PANELS, len(tasks))
+    rows = -(-len(tasks) // columns)
+    with mpl.rc_context(fname=STYLE):
+        figure, panels = plt.subplots(
+            rows, columns, layout="constrained", squeeze=False,
+            figsize=(max(5.0, 4.2 * columns), 3.6 * rows),
+        )  # fmt: skip
+    for ax, task in zip(panels.flat, tasks, strict=False):
+        own = points.table[points.table["task"] == task]
+        label = DOWNSTREAM_LABELS.get(points.metric, points.metric)
+        task_law(own, record["tasks"][task], title=task, ylabel=label, ax=ax)
+    for ax in panels.flat[len(tasks) :]:
+        figure.delaxes(ax)
+    return list(panels.flat[: len(tasks)])
 
 
 def task_law(
-    law: TaskLaw, *, title: str = "", ylabel: str = METRIC, ax: Axes | None = None
+    points: pd.DataFrame,
+    record: Mapping[str, Any],
+    *,
+    title: str = "",
+    ylabel: str = METRIC,
+    ax: Axes | None = None,
 ) -> Axes:
     """Runs of one task, its law with the 95 % band, and the spread between seeds.
 
     Dotted where the law is drawn beyond the losses of the runs, by a tenth of their range. A task
     that does not scale says so in its legend; one without a law shows its runs alone.
+
+    Args:
+        points: ``cell``, ``pretraining``, ``downstream`` of the task's runs.
+        record: of the task (``laws.TaskLaw.to_dict``).
     """
     if ax is None:
         with mpl.rc_context(fname=STYLE):
             ax = plt.subplots(layout="constrained")[1]
-    x = law.points[LOSS].to_numpy(dtype=np.float64)
-    y = law.points[METRIC].to_numpy(dtype=np.float64)
-    ax.plot(
-        x, y, "o", color="C0", label=f"{len(x)} runs, {law.points[CELL].nunique()} configurations"
-    )
-    noise = law.noise["between_seeds"]
+    x = points[LOSS].to_numpy(dtype=np.float64)
+    y = points[METRIC].to_numpy(dtype=np.float64)
+    ax.plot(x, y, "o", color="C0", label=f"{len(x)} runs, {points[CELL].nunique()} configurations")
+    noise = record["noise"]["between_seeds"]
     if noise is not None:
         ax.errorbar(
             [], [], yerr=noise, color="C0", linewidth=0.8, label=f"between seeds: ±{noise:.2g}"
         )
         ax.vlines(x, y - noise, y + noise, color="C0", linewidth=0.8, alpha=0.6)
-    if law.fit is not None:
-        low, high = float(x.min()), float(x.max())
-        losses = np.linspace(low - 0.1 * (high - low), high, 101)
-        curve = law.predict(losses)
-        inside = losses >= low
-        label = f"{law.law}" if law.scales else f"{law.law} (does not scale)"
-        ax.plot(losses[inside], curve["y"][inside], color="C1", label=label)
-        ax.plot(losses[~inside], curve["y"][~inside], ":", color="C1")
+    if record["curve"] is not None:
+        curve = pd.DataFrame(record["curve"]).astype(np.float64)
+        inside = curve["x"] >= x.min()
+        label = f"{record['law']}" if record["scales"] else f"{record['law']} (does not scale)"
+        ax.plot(curve["x"][inside], curve["y"][inside], color="C1", label=label)
+        ax.plot(curve["x"][~inside], curve["y"][~inside], ":", color="C1")
         if "lower" in curve:
             ax.fill_between(
-                losses, curve["lower"], curve["upper"], color="C1", alpha=0.18, linewidth=0
+                curve["x"], curve["lower"], curve["upper"], color="C1", alpha=0.18, linewidth=0
             )
     ax.set_title(title)
     ax.set_xlabel("pretraining loss on the pool [nats]")

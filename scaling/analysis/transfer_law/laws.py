@@ -27,6 +27,7 @@ from scaling.analysis.fitting.fit import fit_law
 from scaling.analysis.fitting.intervals import refit
 from scaling.analysis.fitting.law import LawFit
 from scaling.analysis.fitting.objective import Objective
+from scaling.analysis.fitting.record import plain
 from scaling.analysis.fitting.starts import scatter
 from scaling.analysis.fitting.status import FitError
 from scaling.analysis.transfer_law.points import noise_floor
@@ -42,6 +43,7 @@ FOLDS = 10
 LATE = 0.25
 """Share of the configurations, those of lowest loss, that are held out together."""
 FRESH_STARTS = 64
+CURVE_POINTS = 56
 SIGNIFICANT = 0.05
 PERMUTATIONS = 2000
 
@@ -99,6 +101,13 @@ class TaskLaw:
             raise FitError(f"no law of this task: {'; '.join(self.reasons)}")
         return self.fit.predict(columns(losses))
 
+    def _curve(self) -> dict[str, list[Any]]:
+        """The law and its 95 % band over the losses, and by a tenth of their range below them."""
+        low, high = self.points[LOSS].min(), self.points[LOSS].max()
+        losses = np.linspace(low - 0.1 * (high - low), high, CURVE_POINTS)
+        band = self.predict(losses).assign(x=losses)
+        return {c: [plain(v) for v in band[c]] for c in ("x", "y", "lower", "upper") if c in band}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         table = self.held_out.astype(object).where(self.held_out.notna(), None)
@@ -112,6 +121,7 @@ class TaskLaw:
             "noise": dict(self.noise),
             "held_out": table.to_dict(orient="index"),
             "fit": None if self.fit is None else self.fit.to_dict(),
+            "curve": None if self.fit is None else self._curve(),
             "others": {
                 name: {"equation": fit.equation(), "status": str(fit.status)}
                 for name, fit in self.fits.items()
