@@ -5,6 +5,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 SLURM ?= 0
 PYTEST ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -13,6 +14,9 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 # DeepSpeed's C++ operators would need a compiler; the engine's Python paths are all we use.
 export DS_BUILD_OPS := 0
 SHELL := /bin/bash
+# A worker takes whole files, in the order of the tree: a file's fixtures are made once, and the last
+# files are short.
+RUN_TESTS = $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 .PHONY: help setup demo test check figures devcluster devcluster-stop constraints clean
 .DEFAULT_GOAL := help
@@ -23,6 +27,7 @@ help: ## this list
 	@echo "  PYTHON=python3.12   interpreter for a new .venv (3.11 to 3.13)"
 	@echo "  SLURM=1             make test: with the real Slurm of slurm/devcluster"
 	@echo "  PYTEST='-k fit'     make test: further arguments of pytest"
+	@echo "  WORKERS=4           make test: processes that share the tests; 0: none, as for --pdb"
 	@echo "  PIP_ARGS='...'      further arguments of pip, such as --index-url for another build of torch"
 
 $(BIN)/python:
@@ -56,10 +61,10 @@ ifeq ($(SLURM),1)
 # A devcluster that is up already stays up.
 test: $(INSTALLED_DEV)
 	@slurm/devcluster/status > /dev/null || trap 'slurm/devcluster/stop > /dev/null' EXIT; \
-	slurm/devcluster/start --install && CLUE_SLURM=1 $(BIN)/pytest $(PYTEST)
+	slurm/devcluster/start --install && CLUE_SLURM=1 $(RUN_TESTS)
 else
 test: $(INSTALLED_DEV) ## all tests; SLURM=1 also those on a real Slurm (installs Debian packages, as root)
-	@$(BIN)/pytest $(PYTEST)
+	@$(RUN_TESTS)
 endif
 
 figures: $(INSTALLED) ## draw every figure again from the committed tables in results/

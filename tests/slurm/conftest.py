@@ -1,10 +1,11 @@
 """Runs that any host can execute, a fake Slurm, and the devcluster."""
 
+import fcntl
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from scaling.slurm.profile import ClusterProfile, Shape
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
+DEVCLUSTER = Path(os.environ.get("CLUE_DEVCLUSTER", REPOSITORY / "work" / "devcluster"))
 
 
 @pytest.fixture
@@ -83,14 +85,25 @@ def slurm_profile() -> ClusterProfile:
 @pytest.fixture(scope="session")
 def devcluster() -> dict[str, str]:
     """A running devcluster: ``slurm/devcluster/start`` has written its state file."""
-    home = Path(os.environ.get("CLUE_DEVCLUSTER", REPOSITORY / "work" / "devcluster"))
-    state = home / "cluster.json"
+    state = DEVCLUSTER / "cluster.json"
     if not state.exists():
         reason = f"no devcluster: {state} does not exist; start one with slurm/devcluster/start"
         if os.environ.get("CI") == "true" and os.environ.get("CLUE_SLURM") == "1":
             pytest.fail(reason)
         pytest.skip(reason)
     return json.loads(state.read_text())
+
+
+@pytest.fixture(autouse=True)
+def _alone_on_the_devcluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests of other workers wait: some stop the controller, or count what is in the queue."""
+    if request.node.get_closest_marker("slurm") is None:
+        yield
+        return
+    request.getfixturevalue("devcluster")
+    with open(DEVCLUSTER / "tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture
