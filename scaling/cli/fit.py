@@ -7,22 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from scaling import ClueError
+from scaling.cli import laws
 from scaling.cli.app import RESULTS, Json, Results, app
-from scaling.cli.laws import (
-    Bound,
-    Cluster,
-    Delta,
-    Draws,
-    Fix,
-    Loss,
-    Overestimate,
-    Resampled,
-    Scale,
-    Seed,
-    Tie,
-    Weights,
-    choices,
-)
 from scaling.cli.studies import load_tables, tables_folder
 from scaling.cli.tables import TABLES, read_table
 from scaling.cli.terminal import cell, print_json, print_table, progress
@@ -49,18 +35,18 @@ def fit(
     ] = None,
     x: Annotated[str, typer.Option(help="Column of a power law.")] = "pf_days",
     y: Annotated[str, typer.Option(help="Column that the law gives.")] = "loss",
-    loss: Loss = "huber",
-    delta: Delta = 1e-3,
-    scale: Scale = "log",
-    overestimate: Overestimate = 1.0,
-    weights: Weights = None,
-    fix: Fix = None,
-    bound: Bound = None,
-    tie: Tie = None,
-    cluster: Cluster = "auto",
-    bootstrap: Resampled = "clusters",
-    n_boot: Draws = 1000,
-    seed: Seed = 0,
+    loss: laws.Loss = "huber",
+    delta: laws.Delta = 1e-3,
+    scale: laws.Scale = "log",
+    overestimate: laws.Overestimate = 1.0,
+    weights: laws.Weights = None,
+    fix: laws.Fix = None,
+    bound: laws.Bound = None,
+    tie: laws.Tie = None,
+    cluster: laws.Cluster = "auto",
+    bootstrap: laws.Resampled = "clusters",
+    n_boot: laws.Draws = 1000,
+    seed: laws.Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Fit the laws of a sweep, or one law to a table.
@@ -84,7 +70,7 @@ def fit(
             law = fit_law(
                 df, f"`{x}`" if form is None else form, y=y,
                 cluster=None if cluster == "none" else cluster, n_boot=n_boot, seed=seed,
-                **choices(
+                **laws.choices(
                     loss, delta, scale, overestimate, weights, fix, bound, tie, bootstrap
                 ),
             ).to_dict()  # fmt: skip
@@ -212,7 +198,7 @@ def _print_claims(claims: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _print_compute(records: Sequence[Mapping[str, Any]], shapes: Mapping[str, Any]) -> None:
-    laws = []
+    lines = []
     for record in records:
         law = record["fit"]
         row = {k: record[k] for k in ("x", "y", "points", "floor", "objective", "rows")}
@@ -220,7 +206,7 @@ def _print_compute(records: Sequence[Mapping[str, Any]], shapes: Mapping[str, An
             intervals = law["ci95"] if law["status"] == "CONVERGED" else None
             lower, upper = (intervals or {}).get("exponent", (None, None))
             row |= {"exponent": law["params"]["exponent"], "lower": lower, "upper": upper}
-        laws.append(row | {"status": law["status"] if law else record["failed"]})
+        lines.append(row | {"status": law["status"] if law else record["failed"]})
     typer.echo("\nLaws in compute")
     shown = (
         "x",
@@ -234,7 +220,7 @@ def _print_compute(records: Sequence[Mapping[str, Any]], shapes: Mapping[str, An
         "upper",
         "status",
     )
-    print_table(laws, shown, drop=("rows", "objective", "points", "floor", "status"))
+    print_table(lines, shown, drop=("rows", "objective", "points", "floor", "status"))
     for x, found in shapes.items():
         said = found["failed"] or found["comparison"]["verdict"]
         typer.echo(f"  {x}: {said}")

@@ -7,22 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from scaling import ClueError
+from scaling.cli import laws
 from scaling.cli.app import Json, app
-from scaling.cli.laws import (
-    Bound,
-    Cluster,
-    Delta,
-    Draws,
-    Fix,
-    Loss,
-    Overestimate,
-    Resampled,
-    Scale,
-    Seed,
-    Tie,
-    Weights,
-    choices,
-)
 from scaling.cli.tables import read_table
 from scaling.cli.terminal import print_json, print_table
 
@@ -44,19 +30,19 @@ def rollout(
     baseline: Annotated[
         str | None, typer.Option(help="Plain power law to beat; default: product of the columns.")
     ] = None,
-    loss: Loss = "huber",
-    delta: Delta = 1e-3,
-    scale: Scale = "log",
-    overestimate: Overestimate = 1.0,
-    weights: Weights = None,
-    fix: Fix = None,
-    bound: Bound = None,
-    tie: Tie = None,
-    cluster: Cluster = "auto",
-    bootstrap: Resampled = "clusters",
+    loss: laws.Loss = "huber",
+    delta: laws.Delta = 1e-3,
+    scale: laws.Scale = "log",
+    overestimate: laws.Overestimate = 1.0,
+    weights: laws.Weights = None,
+    fix: laws.Fix = None,
+    bound: laws.Bound = None,
+    tie: laws.Tie = None,
+    cluster: laws.Cluster = "auto",
+    bootstrap: laws.Resampled = "clusters",
     level: Annotated[float, typer.Option(min=0, max=1, help="Of the intervals.")] = 0.95,
-    n_boot: Draws = 200,
-    seed: Seed = 0,
+    n_boot: laws.Draws = 200,
+    seed: laws.Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Fit small, predict large: how far a law can be extrapolated.
@@ -76,7 +62,7 @@ def rollout(
         found = roll(
             chosen.rows, form, y=y, by=by, cuts=cut, baseline=baseline, level=level,
             n_boot=n_boot, cluster=chosen.cluster, seed=seed,
-            **choices(loss, delta, scale, overestimate, weights, fix, bound, tie, bootstrap),
+            **laws.choices(loss, delta, scale, overestimate, weights, fix, bound, tie, bootstrap),
         )  # fmt: skip
     except ClueError as e:
         raise ClueError(f"{table}: {e}") from None
