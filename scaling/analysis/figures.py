@@ -4,15 +4,17 @@ A law to draw is either a ``LawFit`` or its ``to_dict()`` out of ``fits.json``, 
 committed tables and fits are enough to make every figure again.
 """
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import (
     FuncFormatter,
     LogLocator,
@@ -270,14 +272,27 @@ def rollout_errors(record: Mapping[str, Any], *, ax: Axes | None = None) -> Axes
     return ax
 
 
-def log_axis(ax: Axes) -> None:
-    """A logarithmic x axis with few plain numbers, for narrow panels."""
-    ax.set_xscale("log")
-    low, high = ax.get_xlim()
+def log_axis(ax: Axes, which: Literal["x", "y"] = "x") -> None:
+    """A logarithmic axis with few plain numbers, for narrow panels."""
+    ax.set(**{f"{which}scale": "log"})
+    axis, (low, high) = (ax.xaxis, ax.get_xlim()) if which == "x" else (ax.yaxis, ax.get_ylim())
     subs = (1.0, 2.0, 5.0) if high / low < 30 else (1.0,)
-    ax.xaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=subs, numticks=6))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: short(v)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def rendered(figure: Figure, kind: str) -> bytes:
+    """A figure as the content of a file; the same figure gives the same bytes.
+
+    Args:
+        kind: ``png``, ``svg`` or ``pdf``.
+    """
+    undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    buffer = io.BytesIO()
+    with mpl.rc_context(fname=STYLE):
+        figure.savefig(buffer, format=kind, metadata=undated[kind])
+    return buffer.getvalue()
 
 
 def _axes() -> Axes:

@@ -1,5 +1,6 @@
 """The verb `allocate`: the best use of a budget, as a sweep's results have it."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -12,6 +13,8 @@ from scaling.cli.terminal import print_json, print_table
 if TYPE_CHECKING:
     from scaling.analysis.allocation.sweep import SweepAllocation
 
+FIGURES = (".png", ".svg", ".pdf")
+"""Endings of the files that figures are drawn to."""
 LISTED = 10
 """Configurations that are printed; --json has more."""
 
@@ -51,6 +54,10 @@ def allocate(
         int, typer.Option(min=2, max=10_000, help="Bootstrap draws of the law.")
     ] = 400,
     seed: Annotated[int, typer.Option(min=0, help="Seed of starts and bootstrap.")] = 0,
+    figure: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Draw the region to this file (png, svg, pdf)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say how a budget is best spent on model, batch and items.
@@ -62,7 +69,7 @@ def allocate(
 
     \b
     Example:
-        clue-scaling allocate sweeps/scale_factors.toml --budget 0.1
+        clue-scaling allocate sweeps/scale_factors.toml --budget 0.1 --figure allocation.png
     """
     from scaling.sweeps import Grid
 
@@ -72,6 +79,8 @@ def allocate(
     from scaling.data.prepare import read_card
 
     kinds: tuple[Literal["exact", "paper"], ...] = ("exact", "paper")
+    if figure is not None and figure.suffix not in FIGURES:
+        raise ClueError(f"--figure {figure}: a file that ends in {', '.join(FIGURES)}")
     chosen = [kind for kind in kinds if kind == counting]
     if not chosen:
         raise ClueError(f"--counting {counting}: valid: {', '.join(kinds)}")
@@ -82,12 +91,28 @@ def allocate(
             user_price=user_price, batch_step=batch_step, items_step=items_step, within=within,
             n_boot=n_boot, seed=seed,
         )  # fmt: skip
+        if figure is not None:
+            _draw(found, figure)
     except ClueError as e:
         raise ClueError(f"{sweep}: {e}") from None
     if as_json:
         print_json(found.to_dict())
         return
     _print(found, counting)
+    if figure is not None:
+        typer.echo(f"\n{figure}")
+
+
+def _draw(found: "SweepAllocation", path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    from scaling.analysis.allocation.figures import flat_regions
+    from scaling.analysis.figures import rendered
+    from scaling.files import write_bytes
+
+    drawn = flat_regions(found.law, found.workload, found.chosen, found.snapped)[0].figure
+    assert isinstance(drawn, Figure)
+    write_bytes(path, rendered(drawn, path.suffix[1:]))
 
 
 def _print(found: "SweepAllocation", counting: str) -> None:
@@ -97,9 +122,9 @@ def _print(found: "SweepAllocation", counting: str) -> None:
     typer.echo(f"{rows['used']} of {rows['table']} runs fitted; dropped: {dropped}")
     typer.echo(law.equation())
     typer.echo(
-        f"\n{chosen.budget:g} PF-days ({counting}) at {found.steps:,} steps; optimum, its 95 % "
-        f"interval over {len(chosen.draws)} draws, and the region within {chosen.within:.2g} of "
-        "its loss:"
+        f"\n{chosen.budget:g} PF-days ({counting}) at {found.workload.steps:,} steps; optimum, its "
+        f"95 % interval over {len(chosen.draws)} draws, and the region within {chosen.within:.2g} "
+        "of its loss:"
     )
     quantities = chosen.to_dict()["quantities"]
     table: list[dict[str, Any]] = [{"quantity": k, **row} for k, row in quantities.items()]

@@ -139,3 +139,23 @@ def test_what_cannot_be_answered_is_refused(study: Path, words: list[object], sa
     result = call(study, *words, "--n-boot", 40)
     assert result.exit_code == 2
     assert said in result.stderr
+
+
+def test_the_region_is_drawn(study: Path, tmp_path: Path) -> None:
+    words = ("--budget", 0.05, "--counting", "paper", "--n-boot", 20)
+    drawn = tmp_path / "region.svg"
+    result = call(study, *words, "--figure", drawn)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == str(drawn)
+    text = drawn.read_text()
+    for label in ("parameters", "batch size [users]", "items per user", "optimum"):
+        assert label in text
+    assert call(study, *words, "--figure", tmp_path / "again.svg").exit_code == 0
+    assert (tmp_path / "again.svg").read_bytes() == drawn.read_bytes()
+
+
+def test_a_figure_of_an_unknown_kind_is_refused_before_anything_is_fitted(study: Path) -> None:
+    result = call(study, "--budget", 0.05, "--figure", study / "region.bmp")
+    assert result.exit_code == 2
+    assert "region.bmp: a file that ends in .png, .svg, .pdf" in result.stderr
+    assert not (study / "region.bmp").exists()

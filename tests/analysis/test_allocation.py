@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.contour import ContourSet
 from scipy.optimize import brentq
 
 from scaling.analysis.allocation import (
@@ -555,7 +556,22 @@ def test_figures_show_the_numbers(
     assert star.get_ydata()[0] == chosen.point["n_total"]
     assert (ax.get_xscale(), ax.get_xlabel()) == ("log", "batch size [users]")
 
-    product, budgets = product_space(), [1e18, 1e19, 1e20]
+    product = product_space()
+    three = Planted(THREE)
+    chosen = allocate(three, product, 1e19, draws=0)
+    ax = flat_region(three, product, chosen, x="b", y="n")
+    (map_,) = (c for c in ax.collections if isinstance(c, ContourSet))
+    n, b, s = (chosen.point[name] for name in ("n", "b", "s"))
+    for level, paths in zip(map_.levels[1:], map_.get_paths(), strict=False):
+        outline = paths.vertices  # the outer end of this band, and the inner one
+        assert len(outline) > 20
+        left = 1e19 / 6e5 / outline[:, 0] / outline[:, 1]
+        loss = 1 + sum(a * v**-p for (a, p), v in zip(
+            THREE.values(), (outline[:, 1], outline[:, 0], left), strict=True))  # fmt: skip
+        optimum = 1 + sum(a * v**-p for (a, p), v in zip(THREE.values(), (n, b, s), strict=True))
+        assert (loss / optimum - 1).max() == pytest.approx(level, rel=0.05)
+
+    budgets = [1e18, 1e19, 1e20]
     three = Planted(THREE, draws=5, centre={"n": 3e7, "b": 300.0, "s": 60.0})
     front = frontier(three, product, budgets, draws=5)
     ax = optimum_vs_compute(front, "n", others=[front.trends["n"]])

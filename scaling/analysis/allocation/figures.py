@@ -1,6 +1,7 @@
 """Figures of allocation; each function takes results and returns Axes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -8,12 +9,12 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from scaling.analysis.allocation.isoflop import IsoFlop
-from scaling.analysis.allocation.minimise import crossed
 from scaling.analysis.allocation.optimum import Allocation, Frontier, Law, evaluate
 from scaling.analysis.allocation.snap import Snapped
 from scaling.analysis.allocation.space import Space
-from scaling.analysis.allocation.trend import AllocationError, Trend, column
-from scaling.analysis.figures import LABELS, MARKERS, STYLE
+from scaling.analysis.allocation.trend import AllocationError, Array, Mask, Trend, column
+from scaling.analysis.allocation.workload import Workload
+from scaling.analysis.figures import LABELS, MARKERS, STYLE, log_axis
 
 EXCESS = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05)
 """Contours of relative excess loss."""
@@ -105,7 +106,7 @@ def flat_region(
 ) -> Axes:
     """How much worse than the optimum any other use of the same budget is, over two quantities.
 
-    What is not on the axes takes the rest of the budget; where it leaves a choice, the best one.
+    The quantity that is not on the axes takes the rest of the budget, as far as its limit.
     Contours of relative excess loss, the optimum (star), the optima of the draws (grey), and the
     real configurations within the region (crosses).
 
@@ -113,27 +114,24 @@ def flat_region(
         AllocationError: the budget leaves another number of quantities to choose than two.
     """
     axes = space.axes(chosen.budget)
-    if len(axes) != 2:
+    free = [name for name, (low, high) in space.bounds().items() if high > low * (1 + 1e-12)]
+    if len(axes) != 2 or len(free) != 3:
         raise AllocationError(
             "a map needs a budget that leaves two quantities to choose, and here it leaves "
             f"{len(axes)}"
         )
+    (rest,) = (name for name in free if name not in (x, y))
     ax = ax or _axes()
-    at = crossed([axis.nodes(NODES - 1) for axis in axes])
-    quantities, possible = space.spend(at, chosen.budget)
-    excess = evaluate(law, space.columns(quantities))[0] / float(chosen.point["loss"]) - 1
-    near = possible & (excess <= 2 * EXCESS[-1])
-    columns = [space.names.index(name) for name in (x, y)]
-    places = np.round(np.log(quantities[near][:, columns]), 6)
-    order = np.argsort(excess[near], kind="stable")
-    _, first = np.unique(places[order], axis=0, return_index=True)
-    kept = order[first]
-    # triangles in logarithms, as the axes are
-    triangles = mpl.tri.Triangulation(*places[kept].T)
-    triangles.x, triangles.y = np.exp(places[kept]).T
-    drawn = ax.tricontourf(
-        triangles, np.maximum(excess[near][kept], 0.0), levels=EXCESS, cmap="viridis_r", alpha=0.8
-    )
+    ends = [space.bounds()[name] for name in (x, y)]
+    for _ in range(2):  # all that is allowed, then where anything is near the optimum
+        grid = np.meshgrid(*(np.geomspace(low, high, NODES) for low, high in ends))
+        excess = _excess(law, space, chosen, {x: grid[0], y: grid[1]}, rest)
+        near = excess <= EXCESS[-1]
+        ends = [_around(values, near) for values in grid]
+    drawn = ax.contourf(
+        *grid, np.ma.masked_invalid(np.maximum(excess, 0.0)), levels=EXCESS, cmap="viridis_r",
+        alpha=0.8,
+    )  # fmt: skip
     ax.figure.colorbar(drawn, ax=ax, label="excess loss", format=lambda v, _: f"{v:.1%}")
     if len(chosen.draws):
         ax.plot(
@@ -144,12 +142,56 @@ def flat_region(
         inside = snapped.region
         ax.plot(inside[x], inside[y], "+", color="0.1", markersize=4, label="real, in the region")
     ax.plot(chosen.point[x], chosen.point[y], "*", color="C1", markersize=13, label="optimum")
-    ax.set_xscale("log")
-    ax.set_yscale("log")
+    ax.set_xlim(grid[0].min(), grid[0].max())
+    ax.set_ylim(grid[1].min(), grid[1].max())
+    log_axis(ax, "x")
+    log_axis(ax, "y")
     ax.set_xlabel(LABELS.get(x, x))
     ax.set_ylabel(LABELS.get(y, y))
     ax.legend(loc="best")
     return ax
+
+
+def _excess(
+    law: Law, space: Space, chosen: Allocation, at: Mapping[str, Array], rest: str
+) -> Array:
+    """Relative excess loss where two quantities are given and a third takes what is left of the
+    budget; NaN where the two cost more than that."""
+    shape = next(iter(at.values())).shape
+    start = {name: np.full(shape, low) for name, (low, _) in space.bounds().items()} | dict(at)
+    quantities = np.column_stack([start[name].ravel() for name in space.names])
+    columns = space.columns(space.raised(quantities, rest, chosen.budget))
+    excess = evaluate(law, columns)[0] / float(chosen.point["loss"]) - 1
+    affordable = columns[space.compute].to_numpy() <= chosen.budget * (1 + 1e-9)
+    return np.asarray(np.where(affordable, excess, np.nan).reshape(shape))
+
+
+def _around(values: Array, near: Mask) -> tuple[float, float]:
+    """Ends of a grid's values where something is near, a node further on either side."""
+    every = np.unique(values)
+    inside = np.flatnonzero(np.isin(every, values[near]))
+    return float(every[max(inside[0] - 1, 0)]), float(every[min(inside[-1] + 1, len(every) - 1)])
+
+
+def flat_regions(
+    law: Law, workload: Workload, chosen: Allocation, snapped: Snapped | None = None
+) -> list[Axes]:
+    """``flat_region`` over every pair of the quantities that are to choose, side by side.
+
+    Raises:
+        AllocationError: there are fewer than two, or the budget leaves no two of them to choose.
+    """
+    free = [name for name, (low, high) in workload.bounds().items() if high > low * (1 + 1e-12)]
+    pairs = list(combinations(free, 2))
+    if not pairs:
+        raise AllocationError(f"a map needs two quantities to choose, and there is {len(free)}")
+    with mpl.rc_context(fname=STYLE):
+        _, panels = plt.subplots(
+            1, len(pairs), layout="constrained", figsize=(5.2 * len(pairs), 4.0), squeeze=False
+        )
+    for ax, (y, x) in zip(panels[0], pairs, strict=True):
+        flat_region(law, workload, chosen, x=x, y=y, snapped=snapped, ax=ax)
+    return list(panels[0])
 
 
 def _axes() -> Axes:

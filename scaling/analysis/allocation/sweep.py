@@ -42,7 +42,7 @@ class SweepAllocation:
         rows: runs ``used`` and ``dropped`` by rule.
         chosen: the continuous optimum.
         snapped: real configurations; None where users have a price.
-        steps: of every run.
+        workload: what was searched, and the steps of every run.
         warnings: of the law, the budget and the optimum.
     """
 
@@ -50,14 +50,14 @@ class SweepAllocation:
     rows: Mapping[str, Any]
     chosen: Allocation
     snapped: Snapped | None
-    steps: int
+    workload: Workload
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """As one JSON value."""
         return {
             "rows": dict(self.rows),
-            "steps": self.steps,
+            "steps": self.workload.steps,
             "law": self.law.to_dict(),
             **self.chosen.to_dict(),
             "warnings": list(self.warnings),
@@ -125,7 +125,7 @@ def allocate_sweep(
             batch_step=batch_step, items_step=items_step, sizes=sizes,
         )  # fmt: skip
     warnings = (*_warnings(runs, law, chosen, counting), *chosen.warnings)
-    return SweepAllocation(law, rows, chosen, snapped, workload.steps, warnings)
+    return SweepAllocation(law, rows, chosen, snapped, workload, warnings)
 
 
 def _fitted_runs(tables: Tables, card: CorpusCard) -> tuple[pd.DataFrame, dict[str, Any]]:

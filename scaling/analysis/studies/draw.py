@@ -1,6 +1,5 @@
 """All figures of a study, as files."""
 
-import io
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from scaling.analysis.figures import (
     STYLE,
     gain_vs_similarity,
     loss_vs_compute,
+    rendered,
     transfer_vs_pretraining,
 )
 from scaling.analysis.studies import figures as of
@@ -44,11 +44,7 @@ def draw(tables: Tables, fits: Mapping[str, Any], out: Path) -> list[Path]:
             figure = make().figure
             assert isinstance(figure, Figure)
             for kind in ("png", "svg"):
-                buffer = io.BytesIO()
-                # no date, so that the same tables give the same bytes
-                metadata = {"Software": None} if kind == "png" else {"Date": None}
-                figure.savefig(buffer, format=kind, metadata=metadata)
-                write_bytes(out / f"{name}.{kind}", buffer.getvalue())
+                write_bytes(out / f"{name}.{kind}", rendered(figure, kind))
                 written.append(out / f"{name}.{kind}")
             plt.close(figure)
     return written
