@@ -56,7 +56,10 @@ def allocate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of starts and bootstrap.")] = 0,
     figure: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="Draw the region to this file (png, svg, pdf)."),
+        typer.Option(
+            dir_okay=False,
+            help="Draw the region to this file (png, svg, pdf), where three quantities vary.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -81,6 +84,8 @@ def allocate(
     kinds: tuple[Literal["exact", "paper"], ...] = ("exact", "paper")
     if figure is not None and figure.suffix not in FIGURES:
         raise ClueError(f"--figure {figure}: a file that ends in {', '.join(FIGURES)}")
+    if figure is not None and user_price is not None:
+        raise ClueError(f"--figure {figure}: no map is drawn where users have a price")
     chosen = [kind for kind in kinds if kind == counting]
     if not chosen:
         raise ClueError(f"--counting {counting}: valid: {', '.join(kinds)}")
@@ -91,19 +96,20 @@ def allocate(
             user_price=user_price, batch_step=batch_step, items_step=items_step, within=within,
             n_boot=n_boot, seed=seed,
         )  # fmt: skip
-        if figure is not None:
-            _draw(found, figure)
     except ClueError as e:
         raise ClueError(f"{sweep}: {e}") from None
     if as_json:
         print_json(found.to_dict())
-        return
-    _print(found, counting)
+    else:
+        _print(found, counting)
     if figure is not None:
-        typer.echo(f"\n{figure}")
+        _draw(found, figure)
+        if not as_json:
+            typer.echo(f"\n{figure}")
 
 
 def _draw(found: "SweepAllocation", path: Path) -> None:
+    import matplotlib.pyplot as plt
     from matplotlib.figure import Figure
 
     from scaling.analysis.allocation.figures import flat_regions
@@ -112,7 +118,10 @@ def _draw(found: "SweepAllocation", path: Path) -> None:
 
     drawn = flat_regions(found.law, found.workload, found.chosen, found.snapped)[0].figure
     assert isinstance(drawn, Figure)
-    write_bytes(path, rendered(drawn, path.suffix[1:]))
+    try:
+        write_bytes(path, rendered(drawn, path.suffix[1:]))
+    finally:
+        plt.close(drawn)
 
 
 def _print(found: "SweepAllocation", counting: str) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -143,7 +144,7 @@ def test_what_cannot_be_answered_is_refused(study: Path, words: list[object], sa
 
 def test_the_region_is_drawn(study: Path, tmp_path: Path) -> None:
     words = ("--budget", 0.05, "--counting", "paper", "--n-boot", 20)
-    drawn = tmp_path / "region.svg"
+    drawn, open_before = tmp_path / "region.svg", plt.get_fignums()
     result = call(study, *words, "--figure", drawn)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[-1] == str(drawn)
@@ -152,9 +153,21 @@ def test_the_region_is_drawn(study: Path, tmp_path: Path) -> None:
         assert label in text
     assert call(study, *words, "--figure", tmp_path / "again.svg").exit_code == 0
     assert (tmp_path / "again.svg").read_bytes() == drawn.read_bytes()
+    assert plt.get_fignums() == open_before
+
+
+def test_what_cannot_be_drawn_is_printed_all_the_same(study: Path, tmp_path: Path) -> None:
+    lost = tmp_path / "region.svg" / "file.svg"
+    (tmp_path / "region.svg").touch()
+    result = call(study, "--budget", 0.05, "--n-boot", 20, "--figure", lost, "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["quantities"]["batch_size"]["optimum"] > 1
+    assert "region.svg" in result.stderr
 
 
 def test_a_figure_of_an_unknown_kind_is_refused_before_anything_is_fitted(study: Path) -> None:
+    priced = call(study, "--budget", 0.05, "--user-price", 1e-9, "--figure", study / "region.png")
+    assert "no map is drawn where users have a price" in priced.stderr
     result = call(study, "--budget", 0.05, "--figure", study / "region.bmp")
     assert result.exit_code == 2
     assert "region.bmp: a file that ends in .png, .svg, .pdf" in result.stderr

@@ -586,5 +586,5 @@ def test_figures_show_the_numbers(
     np.testing.assert_allclose(stars, [5, 10, 20])
     matplotlib.pyplot.close("all")
     line = ProductSpace({"n": (1e2, 1e12), "b": (1e-2, 1e8), "s": (9.0, 9.0)}, unit=6e5)
-    with pytest.raises(AllocationError, match="and here it leaves 1"):
+    with pytest.raises(AllocationError, match="three quantities that vary, and here 2 do: n, b"):
         flat_region(three, line, allocate(three, line, 1e19, draws=0), x="b", y="n")

@@ -147,6 +147,13 @@ def test_a_study_s_laws_of_transfer_and_rollouts_are_drawn(tables: Tables, tmp_p
     assert {"transfer_law_loss", "rollouts"} <= names
     assert "transfer_law_mrr" not in names  # no run was measured by it
 
+    alone = replace(tables, transfer=tables.transfer[tables.transfer["task"] == "food"])
+    assert "transfer_law_loss" in {p.stem for p in draw(alone, fits, tmp_path)}
+    none = replace(tables, transfer=tables.transfer.iloc[:0])
+    left = {p.stem for p in draw(none, fits | {"rollouts": [failed]}, tmp_path)}
+    assert not left & {"transfer_law_loss", "rollouts"}
+    assert rollout_panels([failed]) == task_laws(transfer_points(none), laws["loss"]) == []
+
     record, points = laws["loss"], transfer_points(tables, "loss")
     panels = task_laws(points, record)
     assert [p.get_title(loc="left") or p.get_title() for p in panels] == list(record["tasks"])

@@ -143,6 +143,26 @@ def test_the_record_is_json_and_the_figure_has_every_prediction() -> None:
     assert filled == found.predictions["covered"].sum()
 
 
+def test_a_bound_that_some_window_cannot_hold_is_that_window_s_status() -> None:
+    """E may reach the largest loss of a window's rows, and here the first has small ones only."""
+    df = table(noise=0.02, floor=2.0).assign(back=lambda d: 1 / d["x"])
+    back, loss = (df.sort_values("back")[name].to_numpy() for name in ("back", "loss"))
+    low = 1.001 * float(loss[:6].max())
+    assert low < loss[:18].max()
+    found = rollout(
+        df, "E + x", y="loss", by="back", cuts=[back[5], back[17]], n_boot=0,
+        bounds={"irreducible": (low, None)},
+    )  # fmt: skip
+    first, second = found.table()["status"]
+    assert first == "the bounds of irreducible lie beyond the default; give both"
+    assert second in {"CONVERGED", "BOUND_HIT"}
+    with pytest.raises(FitError, match="no window of back can be fitted: the bounds of irr"):
+        rollout(
+            df, "E + x", y="loss", by="back", cuts=[back[5]], n_boot=0,
+            bounds={"irreducible": (low, None)},
+        )  # fmt: skip
+
+
 # ---- the interval of a new run ------------------------------------------------------------------
 
 

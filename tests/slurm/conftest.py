@@ -103,7 +103,10 @@ def _alone_on_the_devcluster(request: pytest.FixtureRequest) -> Iterator[None]:
     request.getfixturevalue("devcluster")
     with open(DEVCLUSTER / "tests.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:  # by name: a process that a test forked and lost would hold it on
+            fcntl.flock(lock, fcntl.LOCK_UN)
 
 
 @pytest.fixture

@@ -102,14 +102,14 @@ def test_ranks_agree_with_one_process_in_losses_gradients_and_parameters(
 @pytest.mark.slow
 def test_ranks_agree_with_one_process_where_features_are_reduced(corpus, tmp_path):
     model = ModelConfig(layers=1, d_model=16, heads=2, dropout=0.0, feature_dim=5)
-    config = configure(corpus, steps=8, model=model)
+    config = configure(corpus, steps=8, model=model, optim=DAMPED)
     one, two = (RunDir.create(tmp_path / name, config, "tiny") for name in ("one", "two"))
     train(one, corpus, TrainSettings(threads=1, micro_batch_tokens=10**6, **EVERY_STEP))
     settings = {**EVERY_STEP, "zero_stage": 2, "micro_batch_tokens": 64}
     together(two, corpus, 2, SETTINGS=json.dumps(settings))
     assert off(first_step(two), first_step(one)) < 1e-5
     found, expected = ([r["loss"] for r in run.curve("train")] for run in (two, one))
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow

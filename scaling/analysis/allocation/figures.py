@@ -111,16 +111,13 @@ def flat_region(
     real configurations within the region (crosses).
 
     Raises:
-        AllocationError: the budget leaves another number of quantities to choose than two.
+        AllocationError: not three quantities vary, x and y are not two of them, or users have a
+            price.
     """
-    axes = space.axes(chosen.budget)
-    free = [name for name, (low, high) in space.bounds().items() if high > low * (1 + 1e-12)]
-    if len(axes) != 2 or len(free) != 3:
-        raise AllocationError(
-            "a map needs a budget that leaves two quantities to choose, and here it leaves "
-            f"{len(axes)}"
-        )
-    (rest,) = (name for name in free if name not in (x, y))
+    varying = _varying(space)
+    if x == y or not {x, y} <= set(varying):
+        raise AllocationError(f"{x}, {y}: a map is of two of {', '.join(varying)}")
+    (rest,) = set(varying) - {x, y}
     ax = ax or _axes()
     ends = [space.bounds()[name] for name in (x, y)]
     for _ in range(2):  # all that is allowed, then where anything is near the optimum
@@ -152,6 +149,23 @@ def flat_region(
     return ax
 
 
+def _varying(space: Space) -> list[str]:
+    """The three quantities that a map is of.
+
+    Raises:
+        AllocationError: there are more or fewer, or users are one.
+    """
+    varying = [name for name, (low, high) in space.bounds().items() if high > low * (1 + 1e-12)]
+    if "n_users" in space.names:
+        raise AllocationError("no map is drawn where users have a price")
+    if len(varying) != 3:
+        raise AllocationError(
+            f"a map needs three quantities that vary, and here {len(varying)} do: "
+            f"{', '.join(varying)}"
+        )
+    return varying
+
+
 def _excess(
     law: Law, space: Space, chosen: Allocation, at: Mapping[str, Array], rest: str
 ) -> Array:
@@ -176,15 +190,12 @@ def _around(values: Array, near: Mask) -> tuple[float, float]:
 def flat_regions(
     law: Law, workload: Workload, chosen: Allocation, snapped: Snapped | None = None
 ) -> list[Axes]:
-    """``flat_region`` over every pair of the quantities that are to choose, side by side.
+    """``flat_region`` over every pair of the three quantities that vary, side by side.
 
     Raises:
-        AllocationError: there are fewer than two, or the budget leaves no two of them to choose.
+        AllocationError: not three quantities vary, or users have a price.
     """
-    free = [name for name, (low, high) in workload.bounds().items() if high > low * (1 + 1e-12)]
-    pairs = list(combinations(free, 2))
-    if not pairs:
-        raise AllocationError(f"a map needs two quantities to choose, and there is {len(free)}")
+    pairs = list(combinations(_varying(workload), 2))
     with mpl.rc_context(fname=STYLE):
         _, panels = plt.subplots(
             1, len(pairs), layout="constrained", figsize=(5.2 * len(pairs), 4.0), squeeze=False

@@ -73,7 +73,7 @@ def fit_law(
         objective: what is minimised; by default Huber losses of ln y with delta 1e-3.
         weights: column of the rows' weights in the objective.
         fixed: public parameters held at a value.
-        bounds: lower and upper bounds of public parameters; None for an end that stays open.
+        bounds: lower and upper bounds of public parameters; None for the default's end.
         tied: groups of public parameters that share one value.
         bootstrap: what a draw weighs anew: whole ``clusters``, or ``rows`` one by one; or it
             redraws ``residuals`` around the fit (their signs by cluster).

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from scaling.analysis.fitting.fit import fit_law
-from scaling.analysis.fitting.forms import Factor, Form, Term
+from scaling.analysis.fitting.forms import Factor, Form, FormError, Term
 from scaling.analysis.fitting.jets import Array
 from scaling.analysis.fitting.law import LawFit
 from scaling.analysis.fitting.objective import Objective
@@ -143,6 +143,7 @@ def rollout(
         seed, choices: of ``fit_law``.
 
     Raises:
+        FormError: the form cannot be read.
         FitError: no window can be fitted, or no row lies beyond a cut; the message says why.
         RuleError: the table has no column ``cluster``.
     """
@@ -164,7 +165,7 @@ def rollout(
         row = _window(fitted, held, by, run) | {"cut": float(cut)}
         try:
             fit = fit_law(fitted, law, y=y, n_boot=n_boot, cluster=run, seed=seed, **choices)
-        except FitError as e:
+        except (FitError, FormError) as e:  # what bounds allow depends on the rows
             windows.append(row | {"status": str(e)})
             continue
         found = _predict(fit, fitted, held, level=level, run=run, seed=seed)

@@ -20,7 +20,7 @@ from scaling.analysis.figures import (
 from scaling.analysis.studies import figures as of
 from scaling.analysis.studies.gains import encoder, gain_points
 from scaling.analysis.transfer_law.figures import task_laws
-from scaling.analysis.transfer_law.points import transfer_points
+from scaling.analysis.transfer_law.points import TransferPoints, transfer_points
 from scaling.files import write_bytes
 from scaling.results import Tables
 
@@ -70,8 +70,10 @@ def _figures(tables: Tables, fits: Mapping[str, Any]) -> dict[str, Callable[[], 
     if len(tables.transfer):
         figures["transfer_vs_pretraining"] = lambda: transfer_vs_pretraining(tables.transfer, runs)
     for metric, found in (fits.get("transfer_laws") or {}).items():
-        if any(task.get("curve") for task in found["tasks"].values()):
-            figures[f"transfer_law_{metric}"] = partial(_transfer_laws, tables, metric, found)
+        points = transfer_points(tables, metric)
+        measured = set(points.table["task"])
+        if any(law.get("curve") for task, law in found["tasks"].items() if task in measured):
+            figures[f"transfer_law_{metric}"] = partial(_transfer_laws, points, found)
     if any(one["rollout"] for one in fits.get("rollouts", [])):
         figures["rollouts"] = lambda: of.rollout_panels(fits["rollouts"])[0]
     if _has_gains(tables):
@@ -79,8 +81,8 @@ def _figures(tables: Tables, fits: Mapping[str, Any]) -> dict[str, Callable[[], 
     return figures
 
 
-def _transfer_laws(tables: Tables, metric: str, record: Mapping[str, Any]) -> Axes:
-    return task_laws(transfer_points(tables, metric), record)[0]
+def _transfer_laws(points: TransferPoints, record: Mapping[str, Any]) -> Axes:
+    return task_laws(points, record)[0]
 
 
 def _has_gains(tables: Tables) -> bool:

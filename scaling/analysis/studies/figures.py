@@ -157,6 +157,8 @@ def rollout_panels(rollouts: Sequence[Mapping[str, Any]]) -> list[Axes]:
         rollouts: ``fits["rollouts"]``; those that failed have no panel.
     """
     found = [one["rollout"] for one in rollouts if one["rollout"]]
+    if not found:
+        return []
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
     with mpl.rc_context(fname=STYLE):

@@ -30,8 +30,13 @@ def task_laws(points: TransferPoints, record: Mapping[str, Any]) -> list[Axes]:
     Args:
         points: of one metric.
         record: of the same metric (``record.transfer_laws``).
+
+    Returns:
+        The panels, of the tasks that have points.
     """
-    tasks = list(record["tasks"])
+    tasks = [task for task in record["tasks"] if (points.table["task"] == task).any()]
+    if not tasks:
+        return []
     columns = min(PANELS, len(tasks))
     rows = -(-len(tasks) // columns)
     with mpl.rc_context(fname=STYLE):
