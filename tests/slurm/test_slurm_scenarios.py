@@ -279,7 +279,7 @@ def test_f07_a_scheduler_that_cannot_be_understood_changes_nothing(
     for drive in (sync.sync, sync.submit, sync.sync) if silent else ():
         begun = time.monotonic()
         rows = drive(root, runs, slurm_profile, sweep="s")
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 1
         assert states(rows) == ["RUNNING", "QUEUED", "PLANNED"]
         assert [bool(r["stale"]) for r in rows] == [True, True, False]
         assert {r["action"] for r in rows} == {None}

@@ -86,7 +86,7 @@ def test_f21_ctrl_c_and_hangup_of_the_login(
         (os.killpg if whole_group else os.kill)(process.pid, number)
         time.sleep(0.02)
     said, _ = process.communicate(timeout=20)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 2
     expected = (130, -signal.SIGINT) if signals[0] == signal.SIGINT else (-signal.SIGHUP,)
     assert process.returncode in expected, said
     assert 'Traceback (most recent call last):\n  File "<string>"' not in said
@@ -138,7 +138,7 @@ def test_f21_local_jobs_outlive_the_terminal_that_started_them(root, make_runs, 
     begun = time.monotonic()
     os.killpg(watch.pid, number)
     watch.wait(timeout=20)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 2
     until(lambda: run.attempts()[0].end, step=0.05)
     assert run.attempts()[0].end["class"] == "done"
     one_writer([run])
