@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from scaling.analysis.allocation.isoflop import IsoFlop
 from scaling.analysis.allocation.optimum import Allocation, Frontier, Law, evaluate
 from scaling.analysis.allocation.snap import Snapped
-from scaling.analysis.allocation.space import Space
+from scaling.analysis.allocation.space import Space, varying
 from scaling.analysis.allocation.trend import AllocationError, Array, Mask, Trend, column
 from scaling.analysis.allocation.workload import Workload
 from scaling.analysis.figures import LABELS, MARKERS, STYLE, log_axis
@@ -114,10 +114,10 @@ def flat_region(
         AllocationError: not three quantities vary, x and y are not two of them, or users have a
             price.
     """
-    varying = _varying(space)
-    if x == y or not {x, y} <= set(varying):
-        raise AllocationError(f"{x}, {y}: a map is of two of {', '.join(varying)}")
-    (rest,) = set(varying) - {x, y}
+    three = _mapped(space)
+    if x == y or not {x, y} <= set(three):
+        raise AllocationError(f"{x}, {y}: a map is of two of {', '.join(three)}")
+    (rest,) = set(three) - {x, y}
     ax = ax or _axes()
     ends = [space.bounds()[name] for name in (x, y)]
     for _ in range(2):  # all that is allowed, then where anything is near the optimum
@@ -149,21 +149,20 @@ def flat_region(
     return ax
 
 
-def _varying(space: Space) -> list[str]:
+def _mapped(space: Space) -> list[str]:
     """The three quantities that a map is of.
 
     Raises:
         AllocationError: there are more or fewer, or users are one.
     """
-    varying = [name for name, (low, high) in space.bounds().items() if high > low * (1 + 1e-12)]
     if "n_users" in space.names:
         raise AllocationError("no map is drawn where users have a price")
-    if len(varying) != 3:
+    found = varying(space.bounds())
+    if len(found) != 3:
         raise AllocationError(
-            f"a map needs three quantities that vary, and here {len(varying)} do: "
-            f"{', '.join(varying)}"
+            f"a map needs three quantities that vary, and here {len(found)} do: {', '.join(found)}"
         )
-    return varying
+    return found
 
 
 def _excess(
@@ -195,7 +194,7 @@ def flat_regions(
     Raises:
         AllocationError: not three quantities vary, or users have a price.
     """
-    pairs = list(combinations(_varying(workload), 2))
+    pairs = list(combinations(_mapped(workload), 2))
     with mpl.rc_context(fname=STYLE):
         _, panels = plt.subplots(
             1, len(pairs), layout="constrained", figsize=(5.2 * len(pairs), 4.0), squeeze=False

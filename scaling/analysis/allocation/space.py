@@ -107,6 +107,11 @@ class ProductSpace:
         return table.assign(**{self.compute: self.unit * np.prod(quantities**powers, axis=1)})
 
 
+def varying(bounds: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Quantities whose limits leave something to choose."""
+    return [name for name, (low, high) in bounds.items() if high > low * (1 + 1e-12)]
+
+
 def check_bounds(bounds: Mapping[str, tuple[float, float]]) -> None:
     """Refuse limits that are not 0 < lower <= upper.
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from scaling.analysis.allocation.minimise import Axis
 from scaling.analysis.allocation.shapes import COUNTS, Family, ShapeNumbers
-from scaling.analysis.allocation.space import check_bounds, largest
+from scaling.analysis.allocation.space import check_bounds, largest, varying
 from scaling.analysis.allocation.trend import AllocationError, Array, Mask
 from scaling.config import MAX_ITEMS, MAX_TOKENS, MAX_TOKENS_SINGLE, CorpusCard, ModelConfig
 from scaling.flops import PF_DAY, expected_lengths, mean_items, mean_tokens
@@ -105,7 +105,7 @@ class Workload:
         self._single = system == "single"
         self.family = Family(shapes, card.vocab_size, self.n_views)
         self._bounds = self._find_bounds()
-        free = [n for n, (low, high) in self._bounds.items() if high > low * (1 + 1e-12)]
+        free = varying(self._bounds)
         order = ("n_total", "items_per_user", "batch_size")
         chosen = [name for name in order if name in free]
         # what is left of the budget goes into the first; a quantity that is alone is searched for,
